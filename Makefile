@@ -1,0 +1,27 @@
+# make train: a first run and its full-attention twin.  make test: everything that needs no GPU.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+TORCH = $(shell grep '^torch==' requirements.txt)
+
+.PHONY: train test clean
+train: $(VENV)/.done corpus/stdlib/manifest.json
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" launch/demo.sh corpus/stdlib
+
+test: $(VENV)/.done
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest
+
+corpus/stdlib/manifest.json: $(VENV)/.done
+	$(RUN) -m data.prepare --input stdlib --limit-mb 12 --output corpus/stdlib --tokenizer bpe:4096
+
+# torch first and alone: a CPU build that satisfies the pin keeps the CUDA packages away.
+$(VENV)/.done: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) corpus runs

@@ -1,0 +1,40 @@
+"""What a user can get wrong, each with its exit code and one line of text. Standard library only.
+
+Exit codes: 0 done or stopped by the user, 64 configuration, 65 data, 66 checkpoint, 70 internal error or hang,
+75 preempted or out of time (run again), 76 diverged.
+"""
+
+PREEMPTED = 75
+
+
+class RunError(Exception):
+    """An error the user can act on: `error: <what> <where>: <why>; <what to do>`."""
+
+    code = 70
+
+    def __init__(self, what: str, where: object, why: str, fix: str):
+        super().__init__(" ".join(f"error: {what} {where}: {why}; {fix}".split()))
+
+
+class ConfigError(RunError):
+    """An option that is unknown, mistyped, out of range or at odds with another one."""
+
+    code = 64
+
+
+class DataError(RunError):
+    """A corpus, shard or manifest that is missing, damaged or of the wrong kind."""
+
+    code = 65
+
+
+class CheckpointError(RunError):
+    """A run directory or checkpoint that is missing, damaged or of another model."""
+
+    code = 66
+
+
+class DivergedError(RunError):
+    """The loss or the gradient is no longer a number."""
+
+    code = 76

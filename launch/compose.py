@@ -1,0 +1,74 @@
+"""The configuration of a run: Hydra composes it once, on rank 0, and everybody reads the resolved text."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, Optional
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from configs.errors import ConfigError
+from configs.schema import Config, check
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def compose(world: int) -> Optional[str]:
+    """The run that the command line asks for, checked for `world` processes, as YAML; None if Hydra only printed.
+
+    Raises ConfigError for whatever is wrong with it.
+    """
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise ConfigError("config", "--multirun", "this version starts one run at a time", "start each run by itself")
+    ConfigStore.instance().store(name="schema", node=Config)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing a page and leaving with 1
+    texts: list[str] = []
+    task = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):  # argparse writes its usage there before it leaves
+            task(lambda raw: texts.append(_resolved(raw, world)))()
+    except (HydraException, OmegaConfBaseException, YAMLError) as e:
+        raise ConfigError("config", *_explain(e)) from e
+    except SystemExit as e:
+        if e.code:
+            why = said.getvalue().strip().rsplit("error: ", 1)[-1]
+            raise ConfigError("config", "command line", why, "options are KEY=VALUE; see python train.py --help") from e
+    return texts[0] if texts else None
+
+
+def from_text(text: str) -> Config:
+    """The typed configuration from YAML that `compose` wrote."""
+    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
+    cfg = OmegaConf.to_object(merged)
+    assert isinstance(cfg, Config)
+    return cfg
+
+
+def _resolved(raw: DictConfig, world: int) -> str:
+    missing = sorted(OmegaConf.missing_keys(raw))
+    if missing:
+        raise ConfigError("config", missing[0], "has no value", f"give {missing[0]}=VALUE")
+    text = OmegaConf.to_yaml(raw, resolve=True)
+    check(from_text(text), world)
+    return text
+
+
+def _explain(error: Any) -> tuple[str, str, str]:
+    """Where, why and what to do, from the messages of Hydra and OmegaConf, which say it over several lines."""
+    while isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException):
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = re.search(r"full_key: (\S+)", str(error))
+    noise = r"(full_key|object_type|reference_type|See https|To append|Config search path|provider=)"
+    why = " ".join(line for line in lines[:12] if not re.match(noise, line))
+    where = key.group(1) if key else "command line"
+    return where, why.rstrip("."), "python train.py --cfg job shows every option, --help the groups"

@@ -1,0 +1,138 @@
+"""What a run writes down, on rank 0: metrics.jsonl (the truth), lines on the terminal, the W&B run that mirrors them.
+
+W&B can be slow, down or absent: each call to it is guarded, and the first failure turns it off with one line.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+
+from configs.schema import Config, WandbMode
+
+
+class RunLog:
+    """Open for the length of a run."""
+
+    def __init__(self, cfg: Config, config_text: str, environment: dict[str, Any], wandb_id: str):
+        self.steps = cfg.train.steps
+        self.directory = Path(cfg.run.dir)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "config.yaml").write_text(config_text)
+        (self.directory / "environment.json").write_text(json.dumps(environment, indent=1))
+        self.file = open(self.directory / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  closed by close()
+        self.wandb = _Wandb(cfg, yaml.safe_load(config_text), environment, wandb_id)
+        self.started, self.first = time.monotonic(), None
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """One logged step."""
+        self._write(metrics)
+        if self.first is None:
+            self.first = metrics["step"]
+            self.started = time.monotonic()
+        print(self._line(metrics), flush=True)
+
+    def validation(self, metrics: dict[str, Any]) -> None:
+        """One evaluation."""
+        self._write(metrics)
+        print(f"step {metrics['step']:>6}/{self.steps}  validation loss {metrics['val_loss']:.4f}", flush=True)
+
+    def say(self, line: str) -> None:
+        """A line on the terminal only."""
+        print(line, flush=True)
+
+    def close(self, code: int, reason: str) -> None:
+        """Write exit.json and end the W&B run."""
+        self.file.close()
+        (self.directory / "exit.json").write_text(json.dumps({"code": code, "reason": reason}))
+        self.wandb.finish(code)
+
+    def _write(self, metrics: dict[str, Any]) -> None:
+        self.file.write(json.dumps(metrics) + "\n")
+        self.wandb.log(metrics)
+
+    def _line(self, m: dict[str, Any]) -> str:
+        done = m["step"] - self.first
+        left = (time.monotonic() - self.started) / done * (self.steps - m["step"]) if done else None
+        parts = [
+            f"step {m['step']:>6}/{self.steps}",
+            f"loss {m['loss']:.4f}",
+            f"norm {m['grad_norm']:.3f}",
+            f"lr {m['lr']:.2e}",
+            f"{m['tokens_per_s']:,.0f} tokens/s",
+            f"{m['model_tflops']:.3g} TFLOP/s",
+            "" if m["mfu"] is None else f"MFU {m['mfu']:.1%}",
+            "" if m["speedup_vs_full"] is None else f"{m['speedup_vs_full']:.2f}x full",
+            f"{m['mem_gib']:.2f} GiB",
+            "" if left is None else f"{int(left) // 60}:{int(left) % 60:02d} left",
+        ]
+        return "  ".join(p for p in parts if p)
+
+
+class _Wandb:
+    """The W&B run, or nothing."""
+
+    def __init__(self, cfg: Config, config: dict[str, Any], environment: dict[str, Any], wandb_id: str):
+        self.run: Optional[Any] = None
+        if cfg.wandb.mode is WandbMode.disabled:
+            return
+        try:
+            self.run = _start(cfg, config, Path(cfg.run.dir), environment, wandb_id)
+        except Exception as e:  # a dashboard never stops a run
+            self._off(e)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        if self.run is not None:
+            try:
+                self.run.log(metrics)  # no step=: after a rollback W&B would drop points; tokens are the axis
+            except Exception as e:
+                self._off(e)
+
+    def finish(self, code: int) -> None:
+        if self.run is not None:
+            try:
+                self.run.finish(exit_code=code)
+            except Exception as e:
+                self._off(e)
+
+    def _off(self, error: Exception) -> None:
+        self.run = None
+        reason = " ".join(str(error).split())[:200]
+        print(f"warning: W&B is off: {reason}; metrics.jsonl has the numbers", file=sys.stderr, flush=True)
+
+
+def _start(cfg: Config, config: dict[str, Any], directory: Path, environment: dict[str, Any], wandb_id: str) -> Any:
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        os.environ.setdefault(name, str(directory.absolute()))
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb  # takes a second, and is not needed where it is disabled
+
+    mode = cfg.wandb.mode.value
+    if cfg.wandb.mode is WandbMode.auto:
+        mode = "online" if os.environ.get("WANDB_API_KEY") or _logged_in() else "offline"
+    run = wandb.init(
+        id=wandb_id,
+        resume="allow" if mode == "online" else None,
+        project=cfg.wandb.project,
+        group=cfg.experiment,
+        name=directory.name,
+        config={**config, "environment": environment},
+        mode=mode,
+        settings=wandb.Settings(init_timeout=cfg.wandb.timeout, console="off", x_disable_stats=mode == "offline"),
+    )
+    run.define_metric("tokens")
+    run.define_metric("*", step_metric="tokens")
+    return run
+
+
+def _logged_in() -> bool:
+    import netrc
+
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,111 @@
+"""Throughput of a run with the accounting that goes with it, and where it was measured."""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from configs.errors import ConfigError
+from configs.schema import Config
+from parallel import metrics
+from parallel.mesh import Mesh
+
+
+class Meter:
+    """Time, tokens and FLOPs of the steps between two log lines; evaluation and saving are not counted."""
+
+    def __init__(self, cfg: Config, mesh: Mesh):
+        self.cfg, self.mesh = cfg, mesh
+        self.peak = metrics.device_peak(device_name(mesh.device))
+        self.full_tokens_per_s, self.source = twin_speed(cfg.run.twin)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval now."""
+        self.start, self.steps, self.flops, self.dense = time.perf_counter(), 0, 0, 0
+
+    def pause(self) -> None:
+        """Something that is not training begins; `resume` ends it."""
+        self.paused = time.perf_counter()
+
+    def resume(self) -> None:
+        """Training goes on."""
+        self.start += time.perf_counter() - self.paused
+
+    def count(self, flops: int, dense_flops: int) -> None:
+        """Add a step and the work its global batch needs."""
+        self.steps += 1
+        self.flops += flops
+        self.dense += dense_flops
+
+    def read(self) -> dict[str, Any]:
+        """The interval's figures (the device must be idle); begins the next."""
+        seconds = time.perf_counter() - self.start
+        tokens = self.steps * self.cfg.train.global_batch * self.cfg.data.seq_len
+        speed = metrics.throughput(
+            self.flops, self.dense, tokens, seconds, self.mesh.world, self.peak, self.full_tokens_per_s
+        )
+        out = {"step_s": seconds / self.steps, **speed, "speedup_from": self.source}
+        out["mem_gib"] = metrics.memory_gib(self.mesh.device)
+        self.restart()
+        return out
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment(mesh: Mesh, data_fingerprint: str) -> dict[str, Any]:
+    """Where and with what a run was made."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "device": device_name(mesh.device),
+        "world": mesh.world,
+        **{package: _version(package) for package in ("torch", "triton", "deepspeed")},
+        "python": platform.python_version(),
+        "commit": git.stdout.strip() or None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "data_fingerprint": data_fingerprint,
+    }
+
+
+def _version(package: str) -> Optional[str]:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def twin_speed(twin: Optional[str]) -> tuple[Optional[float], Optional[str]]:
+    """Tokens/s of the full-attention twin (median of the later half of its steps) and where they were measured."""
+    if twin is None:
+        return None, None
+    try:
+        lines = Path(twin, "metrics.jsonl").read_text().splitlines()
+        speeds = [m["tokens_per_s"] for m in map(json.loads, lines) if "tokens_per_s" in m]
+        where = json.loads(Path(twin, "environment.json").read_text())
+        median = statistics.median(speeds[len(speeds) // 2 :])
+    except (OSError, ValueError) as e:
+        why = f"no measured twin there ({type(e).__name__} {e})"
+        raise ConfigError("config", f"run.twin={twin}", why, "train it first, or give run.twin=null") from e
+    return median, f"{twin} on {where['world']} x {where['device']}"

@@ -1,0 +1,181 @@
+"""Checkpoints: DeepSpeed writes the shards, this file decides when they count.
+
+A checkpoint is written into a fresh temporary folder, every file is synced and hashed, MANIFEST.json lists them with
+the run's own state, and one rename publishes it. A published step is never written again. Loading verifies every hash
+before anything is unpickled and falls back, loudly, to the one before.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional, TypeVar
+
+import torch.distributed as dist
+
+from configs.errors import CheckpointError
+from configs.schema import Resume
+from parallel.engine import Engine
+from parallel.mesh import Mesh
+
+VERSION = 1
+SHARDS = "shards"
+T = TypeVar("T")
+
+
+def save(run: Path, step: int, engine: Engine, mesh: Mesh, state: dict[str, Any], keep: int) -> Path:
+    """Publish `run/checkpoints/step-NNNNNNNN` with `state` (JSON: identity, layout, counters, data position).
+
+    Collective. Keeps the newest `keep`. Raises CheckpointError, on every rank and with nothing published, when a rank
+    could not write.
+    """
+    root = run / "checkpoints"
+    final, temporary = root / f"step-{step:08d}", root / f"step-{step:08d}.tmp"
+    if _agree(mesh, final.exists):
+        return final
+    _together(mesh, final, lambda: _fresh(temporary) if mesh.rank == 0 else None)
+    _together(mesh, final, lambda: engine.save(str(temporary), SHARDS, {}))
+    parts = _together(mesh, final, lambda: _hash_share(temporary, mesh))
+    files = {name: entry for part in parts for name, entry in part.items()}
+    manifest = {"version": VERSION, "step": step, "files": files, "state": state}
+    _together(mesh, final, lambda: _publish(temporary, final, manifest, keep) if mesh.rank == 0 else None)
+    return final
+
+
+def find(run: Path, mesh: Mesh, resume: Resume, state: dict[str, Any]) -> Optional[tuple[str, dict[str, Any]]]:
+    """The newest checkpoint of `run` whose every file is whole, with its state; None for a new run. Collective.
+
+    Raises CheckpointError when `resume` forbids what is there, or when the checkpoint's model or layout is not the one
+    that `state` says this run has.
+    """
+    if resume is Resume.never:
+        if _agree(mesh, lambda: run.exists() and any(run.iterdir())):
+            raise CheckpointError("run.dir", run, "exists and resume=never", "choose another run.dir or resume=auto")
+        return None
+    for path in _agree(mesh, lambda: published(run)):
+        problems = [p for p in _gather(mesh, _damage(path, mesh)) if p]
+        if problems:
+            _say(mesh, f"warning: checkpoint {path}: {problems[0]}; going back to the one before")
+            continue
+        found = _agree(mesh, lambda path=path: json.loads((path / "MANIFEST.json").read_text())["state"])
+        _check_same(path, found, state)
+        return path, found
+    if resume is Resume.must:
+        raise CheckpointError(
+            "run.dir", run, "has no whole checkpoint and resume=must", "give resume=auto to start anew"
+        )
+    if _agree(mesh, lambda: bool(published(run))):
+        raise CheckpointError("run.dir", run, "every checkpoint is damaged", "restore one, or choose another run.dir")
+    return None
+
+
+def load(path: str, engine: Engine) -> None:
+    """Read the weights and the optimizer state from a checkpoint that `find` returned. Collective."""
+    engine.load(path, SHARDS)
+
+
+def published(run: Path) -> list[str]:
+    """Paths of the published checkpoints, newest first."""
+    paths = (run / "checkpoints").glob("step-*")
+    return sorted((str(p) for p in paths if p.suffix != ".tmp"), reverse=True)
+
+
+def _fresh(temporary: Path) -> None:
+    """An empty folder; what an interrupted save left behind goes."""
+    for stale in temporary.parent.glob("*.tmp"):
+        shutil.rmtree(stale)
+    temporary.mkdir(parents=True)
+
+
+def _publish(temporary: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
+    with open(temporary / "MANIFEST.json", "w") as f:
+        json.dump(manifest, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    _sync_folder(temporary)
+    os.rename(temporary, final)
+    _sync_folder(final.parent)
+    for old in published(final.parent.parent)[keep:]:
+        shutil.rmtree(old)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _hash_share(folder: Path, mesh: Mesh) -> dict[str, dict[str, Any]]:
+    """Sync and hash every world-th file, so that the ranks divide the work."""
+    out = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file())[mesh.rank :: mesh.world]:
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+            out[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _digest(f)}
+    return out
+
+
+def _digest(f: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := f.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _damage(path: str, mesh: Mesh) -> Optional[str]:
+    """What this rank finds wrong with its share of a checkpoint, or None."""
+    folder = Path(path)
+    try:
+        manifest = json.loads((folder / "MANIFEST.json").read_text())
+        share = sorted(manifest["files"].items())[mesh.rank :: mesh.world]
+        for name, entry in share:
+            if (folder / name).stat().st_size != entry["bytes"]:
+                return f"{name} has {(folder / name).stat().st_size} bytes instead of {entry['bytes']}"
+            with open(folder / name, "rb") as f:
+                if _digest(f) != entry["sha256"]:
+                    return f"{name} does not match its hash"
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        return f"{type(e).__name__} {e}"
+    return None
+
+
+def _check_same(path: str, found: dict[str, Any], state: dict[str, Any]) -> None:
+    for part, why in (("identity", "was made by another model"), ("layout", "was made on another layout")):
+        for key in sorted({**found.get(part, {}), **state[part]}):
+            there, here = found.get(part, {}).get(key), state[part].get(key)
+            if there != here:
+                fix = f"give {key}={there}, or another run.dir"
+                raise CheckpointError("checkpoint", path, f"{why}: {key}={there}, this run has {here}", fix)
+
+
+def _gather(mesh: Mesh, value: T) -> list[T]:
+    out: list[Any] = [None] * mesh.world
+    dist.all_gather_object(out, value, group=mesh.control)
+    return out
+
+
+def _agree(mesh: Mesh, ask: Callable[[], T]) -> T:
+    """What rank 0 sees, on every rank: folders of a network file system may look different for a moment."""
+    return _gather(mesh, ask() if mesh.rank == 0 else None)[0]
+
+
+def _together(mesh: Mesh, path: Path, work: Callable[[], T]) -> list[T]:
+    """Do the work on every rank and wait for all; one rank's failure is everybody's CheckpointError."""
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as e:  # whatever it is, the other ranks must hear of it
+        error = f"rank {mesh.rank}: {type(e).__name__} {e}"
+    both = _gather(mesh, (result, error))
+    failed = [e for _, e in both if e]
+    if failed:
+        raise CheckpointError("checkpoint", path, failed[0], "free the disk or fix its permissions, then start again")
+    return [r for r, _ in both]
+
+
+def _say(mesh: Mesh, line: str) -> None:
+    if mesh.rank == 0:
+        print(line, file=sys.stderr, flush=True)

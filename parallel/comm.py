@@ -1,0 +1,107 @@
+"""The four conjugate collectives of tensor parallelism, each with its gradient. All act on dimension 0.
+
+forward          backward         where
+copy: identity   all-reduce       a replicated tensor enters sharded work
+reduce: all-reduce  identity      partial sums leave it
+gather: all-gather  reduce-scatter   token shards enter it (sequence parallelism)
+scatter: reduce-scatter  all-gather  partial sums leave it as token shards
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.mesh import Group, Mesh
+
+
+def all_reduce(x: Tensor, group: Group) -> Tensor:
+    """Sum over the group, in a new tensor."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=group.handle)
+    return x
+
+
+def all_gather(x: Tensor, group: Group) -> Tensor:
+    """[n, ...] on each rank -> [size * n, ...], in rank order."""
+    out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
+    dist.all_gather(list(out.chunk(group.size)), x.contiguous(), group=group.handle)
+    return out
+
+
+def reduce_scatter(x: Tensor, group: Group) -> Tensor:
+    """[size * n, ...] on each rank -> this rank's [n, ...] of the sum. Raises ValueError if that does not divide."""
+    if x.shape[0] % group.size:
+        raise ValueError(f"dimension 0 of {tuple(x.shape)} does not divide over {group.size} ranks")
+    out = x.new_empty(x.shape[0] // group.size, *x.shape[1:])
+    dist.reduce_scatter(out, list(x.contiguous().chunk(group.size)), group=group.handle)
+    return out
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce(grad, ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return reduce_scatter(grad, ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather(grad, ctx.group), None
+
+
+def copy(x: Tensor, group: Group) -> Tensor:
+    """Identity; the gradient is summed over the group."""
+    return x if group.size == 1 else _Copy.apply(x, group)
+
+
+def reduce(x: Tensor, group: Group) -> Tensor:
+    """Sum over the group; the gradient passes as it is."""
+    return x if group.size == 1 else _Reduce.apply(x, group)
+
+
+def gather(x: Tensor, group: Group) -> Tensor:
+    """All-gather over dimension 0; the gradient is summed and scattered."""
+    return x if group.size == 1 else _Gather.apply(x, group)
+
+
+def scatter(x: Tensor, group: Group) -> Tensor:
+    """Sum over the group, this rank's part of dimension 0; the gradient is gathered."""
+    return x if group.size == 1 else _Scatter.apply(x, group)
+
+
+def host_sum(values: list[int], mesh: Mesh) -> list[int]:
+    """Sums of host integers over all ranks; the device is not waited for. Collective."""
+    total = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(total, group=mesh.control)
+    return total.tolist()

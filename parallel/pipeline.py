@@ -1,0 +1,47 @@
+"""The model as DeepSpeed's pipeline wants it: a layer list cut into stages with equal numbers of blocks."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+
+import deepspeed
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor
+
+from configs.schema import Config
+from parallel.attention import Documents
+from parallel.loss import vocab_parallel_cross_entropy
+from parallel.mesh import Mesh
+from parallel.transformer import layers
+
+deepspeed.utils.logger.setLevel("ERROR")
+
+
+class Pipeline(PipelineModule):
+    """This rank's stage. Each forward pass takes the next of `documents`: stages pass on one tensor only, so each stage
+    reads the boundaries of its micro-batches from its own loader, whose order is the same on all of them."""
+
+    def __init__(self, cfg: Config, vocab: int, mesh: Mesh):
+        self.documents: Iterator[Documents] = iter(())
+        with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints
+            super().__init__(
+                [LayerSpec(cls, *args) for cls, args in layers(cfg, vocab, mesh)],
+                topology=PipeModelDataParallelTopology(mesh.pp.size, mesh.tp.size, mesh.dp.size),
+                loss_fn=_loss(mesh),
+                partition_method="type:^Block$",
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        documents = next(self.documents)
+        for layer in self.forward_funcs:
+            x = layer(x, documents)
+        return x
+
+
+def _loss(mesh: Mesh):
+    def loss(logits: Tensor, labels_scale: tuple[Tensor, Tensor]) -> Tensor:
+        labels, scale = labels_scale
+        return vocab_parallel_cross_entropy(logits, labels, mesh.tp) * scale
+
+    return loss

@@ -1,0 +1,89 @@
+"""The model: a Llama-style decoder as a list of layers, each taking (x, documents); a pipeline can cut it anywhere.
+
+Activations are flat over the tokens of a micro-batch: [n, dim], or [n/tp, dim] under sequence parallelism.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from configs.schema import Config, Recompute
+from parallel import attention
+from parallel.attention import Documents
+from parallel.mesh import Mesh
+from parallel.mlp import MLP
+from parallel.rope import Rope
+from parallel.tensor import ColumnLinear, RMSNorm, TensorParallel, VocabEmbedding
+
+
+class Embedding(nn.Module):
+    """tokens [n] -> [n, dim]."""
+
+    def __init__(self, vocab: int, dim: int, tp: TensorParallel):
+        super().__init__()
+        self.tokens = VocabEmbedding(vocab, dim, tp)
+
+    def forward(self, tokens: Tensor, documents: Documents) -> Tensor:
+        return self.tokens(tokens)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and beside a residual: [n, dim] -> [n, dim]."""
+
+    def __init__(self, cfg: Config, tp: TensorParallel, rope: Rope):
+        super().__init__()
+        self.recompute = cfg.parallel.recompute is Recompute.full
+        self.attention_norm = RMSNorm(cfg.model.dim, cfg.model.norm_eps, tp)
+        self.attention = attention.build(cfg, tp, rope)
+        self.mlp_norm = RMSNorm(cfg.model.dim, cfg.model.norm_eps, tp)
+        self.mlp = MLP(cfg.model, tp)
+
+    def forward(self, x: Tensor, documents: Documents) -> Tensor:
+        # Recomputation happens here, not in the pipeline engine: the documents are an argument of this call, and by the
+        # time of backward the pipeline is at another micro-batch. Nothing is drawn at random, so no RNG state is kept.
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, documents, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, documents)
+
+    def _forward(self, x: Tensor, documents: Documents) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), documents)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Head(nn.Module):
+    """[n or n/tp, dim] -> logits [n, vocab/tp]."""
+
+    def __init__(self, cfg: Config, vocab: int, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        self.norm = RMSNorm(cfg.model.dim, cfg.model.norm_eps, tp)
+        self.output = ColumnLinear(cfg.model.dim, vocab, tp)
+
+    def forward(self, x: Tensor, documents: Documents) -> Tensor:
+        return self.output(self.tp.enter(self.norm(x)))
+
+
+Layer = tuple[Callable[..., nn.Module], tuple]
+
+
+def layers(cfg: Config, vocab: int, mesh: Mesh) -> list[Layer]:
+    """The layers of the whole model in order, each as (class, arguments): a stage builds only its own."""
+    tp = TensorParallel(mesh.tp, cfg.parallel.sequence)
+    rope = Rope(cfg.model.qk_dim, cfg.data.seq_len, cfg.model.rope_theta, mesh.device)
+    blocks: list[Layer] = [(Block, (cfg, tp, rope)) for _ in range(cfg.model.layers)]
+    return [(Embedding, (vocab, cfg.model.dim, tp)), *blocks, (Head, (cfg, vocab, tp))]
+
+
+class Transformer(nn.Sequential):
+    """The whole model on one pipeline stage: tokens [n] -> logits [n, vocab/tp]. Its layers are named 0, 1, 2, ..."""
+
+    def __init__(self, cfg: Config, vocab: int, mesh: Mesh):
+        super().__init__(*(cls(*args) for cls, args in layers(cfg, vocab, mesh)))
+
+    def forward(self, tokens: Tensor, documents: Documents) -> Tensor:
+        x = tokens
+        for layer in self:
+            x = layer(x, documents)
+        return x

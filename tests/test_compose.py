@@ -1,0 +1,100 @@
+"""The command line as a user types it: every group composes, mistakes give one line and code 64."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs.errors import ConfigError
+from configs.schema import Kind
+from launch.compose import compose, from_text
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+NEEDED = ["data.path=corpus", "train.global_batch=16"]
+
+
+def composed(monkeypatch, *overrides: str, world: int = 1):
+    monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
+    return compose(world)
+
+
+def names(group: str) -> list[str]:
+    return sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize(("model", "attention"), list(itertools.product(names("model"), names("attention"))))
+def test_models_and_attentions(monkeypatch, model, attention):
+    text = composed(monkeypatch, *NEEDED, f"model={model}", f"attention={attention}")
+    cfg = from_text(text)
+    assert cfg.model.name == model
+    assert cfg.run.dir == f"runs/{model}-{attention}"
+    assert (cfg.attention.kind is Kind.full) == (attention == "full")
+
+
+@pytest.mark.parametrize("layout", names("parallel"))
+def test_layouts(monkeypatch, layout):
+    assert composed(monkeypatch, *NEEDED, f"parallel={layout}", world=8)
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_experiments(monkeypatch, experiment):
+    assert from_text(composed(monkeypatch, *NEEDED, f"experiment={experiment}")).experiment == experiment
+
+
+def test_the_papers_shape(monkeypatch):
+    m = from_text(composed(monkeypatch, *NEEDED, "model=paper")).model
+    assert (m.heads, m.kv_heads, m.qk_dim, m.v_dim) == (64, 4, 192, 128)
+
+
+def test_text_and_back(monkeypatch):
+    text = composed(monkeypatch, *NEEDED, "attention.branches=[cmp,win]", "optim.lr=1e-3", "attention.n=8")
+    cfg = from_text(text)
+    assert [b.value for b in cfg.attention.branches] == ["cmp", "win"]
+    assert cfg.optim.lr == 1e-3
+    assert cfg.attention.n == 8
+    assert yaml.safe_load(text)["optim"]["lr"] == 1e-3
+
+
+MISTAKES = [  # overrides, what the one line must say
+    ([], ["data.path", "no value"]),
+    (["model=huge"], ["model/huge", "160m"]),
+    (["model.widht=3"], ["widht", "Model"]),
+    (["trian.steps=3"], ["trian"]),
+    (["train.steps=many"], ["train.steps", "many"]),
+    (["attention.kind=dense"], ["attention.kind", "dense", "full", "nsa"]),
+    (["attention.branches=[cmp,foo]"], ["attention.branches", "foo"]),
+    (["train.steps"], ["train.steps"]),
+    (["data.path=a=b"], ["="]),
+    (["--steps", "3"], ["--steps"]),
+    (["--multirun", "seed=0,1"], ["--multirun"]),
+    (["data.path=x", "train.global_batch=15"], ["train.global_batch=15", "micro_batch"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "says"), MISTAKES, ids=str)
+def test_a_mistake_is_one_line(monkeypatch, overrides, says):
+    with pytest.raises(ConfigError) as e:
+        composed(monkeypatch, *overrides)
+    assert e.value.code == 64
+    assert "\n" not in str(e.value)
+    assert len(str(e.value)) < 400
+    for part in says:
+        assert part in str(e.value)
+
+
+def test_broken_yaml_is_one_line(monkeypatch, tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: [1, 2\nb: 3")
+    with pytest.raises(ConfigError) as e:
+        composed(monkeypatch, "--config-dir", str(tmp_path), "+bad@x=bad")
+    assert "\n" not in str(e.value)
+
+
+def test_cfg_job_prints_the_run_and_makes_no_folder(tmp_path):
+    command = [sys.executable, str(CONFIGS.parent / "train.py"), "--cfg", "job", "model=160m", "data.path=corpus"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["model"]["dim"] == 768
+    assert list(tmp_path.iterdir()) == []

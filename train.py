@@ -1,0 +1,252 @@
+"""One run: configuration, processes, data, engine, resume, loop. `python train.py --help` lists the groups.
+
+Rank 0 alone composes the configuration and owns the run directory; the others receive the resolved text.
+Exit codes are in configs/errors.py.
+"""
+
+import math
+import os
+import sys
+import uuid
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+
+from configs.errors import DataError, DivergedError, RunError
+from configs.schema import Config, check
+from data.loader import Batch, Loader
+from launch.compose import compose, from_text
+from launch.log import RunLog
+from launch.meter import Meter, environment
+from launch.stop import REASONS, Stop
+from parallel import checkpoint, mesh, metrics
+from parallel.comm import host_sum
+from parallel.engine import Engine
+from parallel.mesh import Mesh
+from parallel.schedule import learning_rate
+
+
+def train_step(run: "Run") -> "Step":
+    """One optimizer step: the next rows of every rank, forward and backward over its micro-batches, one update."""
+    batches, totals = next_batches(run, run.loader)
+    lr = learning_rate(run.step, run.cfg.train.steps, run.cfg.optim)
+    loss, norm = run.engine.train_step(batches, totals.targets, lr)
+    run.step += 1
+    run.tokens += run.cfg.train.global_batch * run.cfg.data.seq_len
+    return Step(loss, norm, lr, totals)
+
+
+def train(run: "Run") -> tuple[int, str]:
+    """Steps until the last one, or until somebody asks to stop. Returns the exit code and the reason."""
+    cfg, stop = run.cfg, None
+    meter = Meter(cfg, run.mesh)
+    while run.step < cfg.train.steps and stop is None:
+        step = train_step(run)
+        meter.count(step.totals.flops, step.totals.dense_flops)
+        stop = step.totals.stop
+        last = run.step == cfg.train.steps or stop is not None
+        if due(run.step, cfg.train.log_every) or last:
+            write_step(run, step, meter)
+        meter.pause()
+        if due(run.step, cfg.train.eval_every) or last:
+            evaluate(run)
+        if due(run.step, cfg.checkpoint.every) or last:
+            checkpoint.save(Path(cfg.run.dir), run.step, run.engine, run.mesh, run.state(), cfg.checkpoint.keep)
+        meter.resume()
+    return stop or (0, "done")
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens each `every` steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0
+
+
+@dataclass
+class Run:
+    """What the loop works on."""
+
+    cfg: Config
+    mesh: Mesh
+    stop: Stop
+    loader: Loader
+    held_out: Optional[Loader]  # None where no documents were held out
+    engine: Engine
+    log: Optional[RunLog] = None  # on rank 0
+    step: int = 0
+    tokens: int = 0
+    wandb_id: str = ""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides weights and optimizer. Nothing is drawn at random after the start."""
+        counters = {"step": self.step, "tokens": self.tokens, "wandb_id": self.wandb_id}
+        return {**describe(self.cfg, self.mesh, self.loader), **counters, "data": self.loader.state_dict()}
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of one global batch, over all ranks."""
+
+    targets: int  # labels that count
+    flops: int  # of the model, forward and backward
+    dense_flops: int  # that its full-attention twin would need
+    stop: Optional[tuple[int, str]]  # exit code and reason, if some rank was asked to stop
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer step gave; `loss` and `norm` are device scalars."""
+
+    loss: torch.Tensor
+    norm: torch.Tensor
+    lr: float
+    totals: Totals
+
+
+def next_batches(run: Run, loader: Loader) -> tuple[list[Batch], Totals]:
+    """This rank's micro-batches, and sums over all ranks.
+
+    A rank that cannot read its rows raises DataError and the others leave with its code, so that nobody waits for it.
+    """
+    try:
+        batches, error = loader.next_step(), None
+    except DataError as e:
+        batches, error = [], e
+    lengths = [n for b in batches for n in b.cu_seqlens.diff().tolist()]
+    targets = sum(int((b.labels >= 0).sum()) for b in batches)
+    flops = metrics.flops(run.cfg, loader.vocab_size, lengths).total
+    dense = metrics.dense_equivalent(run.cfg, loader.vocab_size, lengths).total
+    asked = run.stop.asked(Path(run.cfg.run.dir))
+    sums = host_sum([error is not None, *(asked == reason for reason in REASONS), targets, flops, dense], run.mesh)
+    if error:
+        raise error
+    if sums[0]:
+        raise SystemExit(DataError.code)
+    stop = next((REASONS[reason] for reason, count in zip(REASONS, sums[1:]) if count), None)
+    same = run.mesh.tp.size * run.mesh.pp.size  # this many ranks hold each row
+    return batches, Totals(*(s // same for s in sums[1 + len(REASONS) :]), stop)
+
+
+def write_step(run: Run, step: Step, meter: Meter) -> None:
+    """Log a step, which waits for the device. Raises DivergedError if its loss or norm is no number."""
+    loss, norm = float(step.loss), float(step.norm)
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        why = f"loss {loss}, gradient norm {norm}"
+        raise DivergedError("step", run.step, why, "continue from an earlier checkpoint with a lower optim.lr")
+    measured = meter.read()
+    if run.log:
+        values = {"step": run.step, "tokens": run.tokens, "loss": loss, "grad_norm": norm, "lr": step.lr}
+        run.log.step({**values, **measured})
+
+
+def evaluate(run: Run) -> None:
+    """Log the mean loss over the first `train.eval_batches` global batches of held-out documents."""
+    if run.held_out is None:
+        return
+    run.held_out.reset()
+    total, targets = 0.0, 0
+    for _ in range(run.cfg.train.eval_batches):
+        batches, totals = next_batches(run, run.held_out)
+        total += float(run.engine.eval_step(batches, totals.targets)) * totals.targets
+        targets += totals.targets
+    if run.log:
+        run.log.validation({"step": run.step, "tokens": run.tokens, "val_loss": total / max(targets, 1)})
+
+
+def start(text: str, stop: Stop) -> tuple[int, str]:
+    """The whole run on this rank, from the resolved configuration. Returns the exit code and the reason."""
+    cfg = from_text(text)
+    check(cfg, dist.get_world_size())
+    place = mesh.build(cfg.parallel.tp, cfg.parallel.pp)
+    loader, held_out = open_loader(cfg, place, "train"), open_loader(cfg, place, "val")
+    assert loader is not None
+    found = checkpoint.find(Path(cfg.run.dir), place, cfg.resume, describe(cfg, place, loader))
+    run = Run(cfg, place, stop, loader, held_out, Engine(cfg, loader.vocab_size, place))
+    run.wandb_id = uuid.uuid4().hex[:12]
+    if found:
+        path, state = found
+        checkpoint.load(path, run.engine)
+        loader.load_state_dict(state["data"])
+        run.step, run.tokens, run.wandb_id = state["step"], state["tokens"], state["wandb_id"]
+    if place.rank == 0:
+        run.log = RunLog(cfg, text, environment(place, loader.fingerprint), run.wandb_id)
+        run.log.say(f"continues {found[0]}" if found else f"starts {cfg.run.dir}")
+    code, reason = RunError.code, "internal error"
+    try:
+        code, reason = train(run)
+    except RunError as e:
+        code, reason = e.code, str(e)
+        raise
+    finally:
+        if run.log:
+            run.log.close(code, reason)
+    return code, reason
+
+
+def open_loader(cfg: Config, place: Mesh, split: str) -> Optional[Loader]:
+    """The rows of this rank's data-parallel coordinate; None for a split that has no documents."""
+    return Loader.open(
+        cfg.data.path, split, cfg.data.seq_len, cfg.train.global_batch, cfg.train.micro_batch, cfg.seed,
+        place.dp.rank, place.dp.size, cfg.data.long_documents, cfg.data.verify,
+    )  # fmt: skip
+
+
+def describe(cfg: Config, place: Mesh, loader: Loader) -> dict[str, Any]:
+    """What a checkpoint must agree in to be continued: the model, and how it is cut."""
+    identity = {f"model.{k}": v for k, v in vars(cfg.model).items() if k != "name"}
+    identity |= {f"attention.{k}": v for k, v in vars(cfg.attention).items() if k != "backend"}
+    identity["vocab_size"] = loader.vocab_size
+    layout = {"parallel.tp": place.tp.size, "parallel.pp": place.pp.size, "parallel.zero": cfg.parallel.zero}
+    layout |= {"data-parallel ranks": place.dp.size, "train.precision": cfg.train.precision}
+    return {"identity": plain(identity), "layout": plain(layout)}
+
+
+def plain(value: Any) -> Any:
+    """JSON from dataclass fields: enums by value, containers inside out."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def shared_config(store: dist.Store, rank: int, world: int) -> Optional[str]:
+    """The resolved configuration: rank 0 composes it, the others wait for it, and leave with its code if it is bad."""
+    if rank != 0:
+        answer = store.get("config").decode()
+        if answer.startswith("exit "):
+            raise SystemExit(int(answer.split()[1]))
+        return answer
+    try:
+        text = compose(world)
+    except RunError as e:
+        store.set("config", f"exit {e.code}")
+        raise
+    store.set("config", text or "exit 0")
+    return text
+
+
+def main() -> int:
+    """Run alone or under torchrun. Returns the exit code; rank 0 also writes it into the file $SPARSETRON_EXIT_FILE."""
+    stop, code = Stop(), 0
+    store, rank, world = mesh.rendezvous()
+    try:
+        text = shared_config(store, rank, world)
+        if text:  # without one, Hydra showed something
+            mesh.start_processes(store, rank, world, from_text(text).parallel.timeout)
+            code, _ = start(text, stop)
+            dist.destroy_process_group()
+    except RunError as e:
+        code = e.code
+        if rank == 0 or isinstance(e, DataError):
+            print(e, file=sys.stderr, flush=True)
+    if rank == 0 and "SPARSETRON_EXIT_FILE" in os.environ:
+        Path(os.environ["SPARSETRON_EXIT_FILE"]).write_text(str(code))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
