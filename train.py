@@ -16,7 +16,7 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 
-from configs.errors import DataError, DivergedError, RunError
+from configs.errors import ConfigError, DataError, DivergedError, RunError
 from configs.schema import Config, check
 from data.loader import Batch, Loader
 from launch.compose import compose, from_text
@@ -72,6 +72,7 @@ class Run:
     cfg: Config
     mesh: Mesh
     stop: Stop
+    vocab: int
     loader: Loader
     held_out: Optional[Loader]  # None where no documents were held out
     engine: Engine
@@ -83,7 +84,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides weights and optimizer. Nothing is drawn at random after the start."""
         counters = {"step": self.step, "tokens": self.tokens, "wandb_id": self.wandb_id}
-        return {**describe(self.cfg, self.mesh, self.loader), **counters, "data": self.loader.state_dict()}
+        return {**describe(self.cfg, self.mesh, self.vocab), **counters, "data": self.loader.state_dict()}
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ def next_batches(run: Run, loader: Loader) -> tuple[list[Batch], Totals]:
         batches, error = [], e
     lengths = [n for b in batches for n in b.cu_seqlens.diff().tolist()]
     targets = sum(int((b.labels >= 0).sum()) for b in batches)
-    flops = metrics.flops(run.cfg, loader.vocab_size, lengths).total
-    dense = metrics.dense_equivalent(run.cfg, loader.vocab_size, lengths).total
+    flops = metrics.flops(run.cfg, run.vocab, lengths).total
+    dense = metrics.dense_equivalent(run.cfg, run.vocab, lengths).total
     asked = run.stop.asked(Path(run.cfg.run.dir))
     sums = host_sum([error is not None, *(asked == reason for reason in REASONS), targets, flops, dense], run.mesh)
     if error:
@@ -161,10 +162,11 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     cfg = from_text(text)
     check(cfg, dist.get_world_size())
     place = mesh.build(cfg.parallel.tp, cfg.parallel.pp)
-    loader, held_out = open_loader(cfg, place, "train"), open_loader(cfg, place, "val")
-    assert loader is not None
-    found = checkpoint.find(Path(cfg.run.dir), place, cfg.resume, describe(cfg, place, loader))
-    run = Run(cfg, place, stop, loader, held_out, Engine(cfg, loader.vocab_size, place))
+    loader = open_loader(cfg, place, "train")
+    held_out = open_loader(cfg, place, "val") if loader.manifest.splits.get("val") else None
+    vocab = vocabulary(cfg, loader)
+    found = checkpoint.find(Path(cfg.run.dir), place, cfg.resume, describe(cfg, place, vocab))
+    run = Run(cfg, place, stop, vocab, loader, held_out, Engine(cfg, vocab, place))
     run.wandb_id = uuid.uuid4().hex[:12]
     if found:
         path, state = found
@@ -186,19 +188,31 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     return code, reason
 
 
-def open_loader(cfg: Config, place: Mesh, split: str) -> Optional[Loader]:
-    """The rows of this rank's data-parallel coordinate; None for a split that has no documents."""
-    return Loader.open(
+def open_loader(cfg: Config, place: Mesh, split: str) -> Loader:
+    """The rows of this rank's data-parallel coordinate."""
+    return Loader(
         cfg.data.path, split, cfg.data.seq_len, cfg.train.global_batch, cfg.train.micro_batch, cfg.seed,
         place.dp.rank, place.dp.size, cfg.data.long_documents, cfg.data.verify,
     )  # fmt: skip
 
 
-def describe(cfg: Config, place: Mesh, loader: Loader) -> dict[str, Any]:
+def vocabulary(cfg: Config, loader: Loader) -> int:
+    """Size of the model's vocabulary: the data's, rounded up to 128 for the matrix units, or what the user asked for."""
+    size, tp = cfg.model.vocab_size or -(-loader.vocab_size // 128) * 128, cfg.parallel.tp
+    if size < loader.vocab_size:
+        why = f"smaller than the {loader.vocab_size} tokens of {cfg.data.path}"
+        raise ConfigError("config", f"model.vocab_size={size}", why, f"give at least {loader.vocab_size}, or null")
+    if size % tp:
+        why = f"does not divide the vocabulary of {size}"
+        raise ConfigError("config", f"parallel.tp={tp}", why, f"set model.vocab_size to a multiple of {tp}")
+    return size
+
+
+def describe(cfg: Config, place: Mesh, vocab: int) -> dict[str, Any]:
     """What a checkpoint must agree in to be continued: the model, and how it is cut."""
     identity = {f"model.{k}": v for k, v in vars(cfg.model).items() if k != "name"}
     identity |= {f"attention.{k}": v for k, v in vars(cfg.attention).items() if k != "backend"}
-    identity["vocab_size"] = loader.vocab_size
+    identity["model.vocab_size"] = vocab
     layout = {"parallel.tp": place.tp.size, "parallel.pp": place.pp.size, "parallel.zero": cfg.parallel.zero}
     layout |= {"data-parallel ranks": place.dp.size, "train.precision": cfg.train.precision}
     return {"identity": plain(identity), "layout": plain(layout)}
