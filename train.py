@@ -197,7 +197,7 @@ def open_loader(cfg: Config, place: Mesh, split: str) -> Loader:
 
 
 def vocabulary(cfg: Config, loader: Loader) -> int:
-    """Size of the model's vocabulary: the data's, rounded up to 128 for the matrix units, or what the user asked for."""
+    """Size of the model's vocabulary: the user's, or the data's rounded up to 128 for the matrix units."""
     size, tp = cfg.model.vocab_size or -(-loader.vocab_size // 128) * 128, cfg.parallel.tp
     if size < loader.vocab_size:
         why = f"smaller than the {loader.vocab_size} tokens of {cfg.data.path}"

@@ -104,9 +104,7 @@ class Loader:
     def _batch(self, k: int) -> Batch:
         """Rows k .. k + micro_batch - 1 of the endless sequence."""
         made = [self._row(i) for i in range(k, k + self.micro_batch)]
-        starts = np.concatenate(
-            [r.starts + i * self.seq_len for i, r in enumerate(made)] + [[len(made) * self.seq_len]]
-        )
+        starts = np.concatenate([r.starts + i * self.seq_len for i, r in enumerate(made)])
         tokens, labels = (np.stack([getattr(r, name) for r in made]) for name in ("tokens", "labels"))
         cu_seqlens = torch.from_numpy(np.append(starts, len(made) * self.seq_len).astype(np.int32))
         return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), cu_seqlens)

@@ -257,7 +257,7 @@ def _fill(args: argparse.Namespace, options: dict[str, Any], directory: Path) ->
 
 
 def _ranks(spec: str, texts: Iterator[Document], directory: Path) -> Optional[str]:
-    """The rank file of a tokenizer given by path or to be trained (bpe:SIZE), copied beside the shards; None for a name."""
+    """The rank file, beside the shards, of a tokenizer given by path or to be trained (bpe:SIZE); None for a name."""
     if spec in tokenizer.NAMES:
         return None
     path = directory / "tokenizer.tiktoken"

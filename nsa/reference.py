@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.schema import Attention, Branch
 
-CHUNK = 512  # queries whose scores are held at once
+CHUNK = 256  # queries whose scores are held at once
 KEEP = 2048  # documents up to this length keep their scores for backward, longer ones compute them again
 
 
