@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 
@@ -43,14 +44,14 @@ def decode(manifest: Manifest, split: str, index: int) -> str:
     raise DataError("document", f"{split} {index}", "beyond the last one", "give a smaller --document")
 
 
-def main() -> int:
-    """Returns the exit code."""
+def main(argv: Optional[list[str]] = None) -> int:
+    """Returns the exit code. `argv` replaces the command line."""
     parser = argparse.ArgumentParser(prog="python -m data.inspect", description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--document", type=int, help="print the text of this one")
     parser.add_argument("--split", default="train")
     parser.add_argument("--verify", action="store_true", help="compare every hash")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         manifest = read_manifest(args.directory)
         if args.document is not None:

@@ -282,8 +282,8 @@ def _sample(texts: Iterator[Document]) -> Iterator[str]:
         yield text
 
 
-def main() -> int:
-    """Returns the exit code."""
+def main(argv: Optional[list[str]] = None) -> int:
+    """Returns the exit code. `argv` replaces the command line."""
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("--input", nargs="+", required=True, help="files, directories, .jsonl(.gz), or stdlib")
     parser.add_argument("--output", required=True, help="directory to make")
@@ -298,7 +298,7 @@ def main() -> int:
     parser.add_argument("--shard-tokens", type=int, default=32 << 20, help="tokens of a shard, about")
     parser.add_argument("--seed", type=int, default=0, help="of the order of documents")
     try:
-        prepare(parser.parse_args())
+        prepare(parser.parse_args(argv))
     except RunError as e:
         print(e, file=sys.stderr)
         return e.code

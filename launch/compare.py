@@ -170,12 +170,12 @@ def draw(runs: list[Measured], path: Path) -> None:
     pyplot.close(figure)
 
 
-def main() -> int:
-    """Returns the exit code."""
+def main(argv: Optional[list[str]] = None) -> int:
+    """Returns the exit code. `argv` replaces the command line."""
     parser = argparse.ArgumentParser(prog="python -m launch.compare", description=__doc__.split(": ", 1)[1])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
     parser.add_argument("--output", type=Path, default=Path("compare.png"), help="picture of the curves")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         runs = [read(directory) for directory in args.runs]
     except RunError as e:

@@ -60,7 +60,7 @@ def find(run: Path, mesh: Mesh, resume: Resume, state: dict[str, Any]) -> Option
         if problems:
             _say(mesh, f"warning: checkpoint {path}: {problems[0]}; going back to the one before")
             continue
-        found = _agree(mesh, lambda path=path: json.loads((path / "MANIFEST.json").read_text())["state"])
+        found = _agree(mesh, lambda path=path: json.loads(Path(path, "MANIFEST.json").read_text())["state"])
         _check_same(path, found, state)
         return path, found
     if resume is Resume.must:
