@@ -113,9 +113,7 @@ def ratios(runs: list[Measured]) -> list[str]:
         speed = run.settled("tokens_per_s") / full.settled("tokens_per_s")
         saving = run.settled("flop_saving")
         context = f"{run.config['data']['seq_len']} tokens of context"
-        out.append(
-            f"{run.name} against {full.name} at {context}: {speed:.2f}x its tokens/s, measured {_where(run, full)};"
-        )
+        out.append(f"{run.name} against {full.name} at {context}: {speed:.2f}x its tokens/s, {_where(run, full)};")
         out.append(f"  {saving:.2f}x fewer model FLOPs by formula; training loss {run.loss - full.loss:+.4f}")
     return out
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.schema import Attention, Branch
 
-CHUNK = 256  # queries whose scores are held at once
+CHUNKS = (256, 1024)  # least and most queries whose scores are held at once; an eighth of the document between
 KEEP = 2048  # documents up to this length keep their scores for backward, longer ones compute them again
 
 
@@ -70,8 +70,9 @@ def nsa(
         own = {name: (k[s:e], v[s:e]) for name, (k, v) in kv.items()}
         blocks = slice(cu_blocks[i], cu_blocks[i + 1])
         cmp = tuple(None if x is None else x[blocks] for x in (k_cmp, v_cmp))
-        for start in range(0, e - s, CHUNK):
-            rows = slice(s + start, min(s + start + CHUNK, e))
+        chunk = min(max(CHUNKS[0], (e - s) // 8), CHUNKS[1])
+        for start in range(0, e - s, chunk):
+            rows = slice(s + start, min(s + start + chunk, e))
             args = (q[rows], own, *cmp, gates[rows], start, a)
             again = e - s > KEEP and torch.is_grad_enabled()
             out.append(checkpoint(_chunk, *args, use_reentrant=False) if again else _chunk(*args))

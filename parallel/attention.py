@@ -3,16 +3,20 @@
 Heads are cut by KV head: a query group stays with its KV head, so attention itself needs no communication.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configs.schema import Config, Kind
 from nsa import NSACore
 from parallel.rope import Rope
 from parallel.tensor import ColumnLinear, RowLinear, TensorParallel
+
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,15 @@ class FullAttention(nn.Module):
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention within each document by torch's kernels: q [n, h, e], k [n, g, e], v [n, g, f] -> [n, h, f].
 
-    One call a document: the kernels that take no mask are the fast ones, and no work is spent across documents.
+    One call a document: the kernels that take no mask are the fast ones, and no work is spent across documents. cuDNN's
+    makes a plan for each new length, which takes longer than the attention, so that it only serves whole rows.
     """
     out = []
-    for s, e in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
-        heads = (t[s:e].transpose(0, 1)[None] for t in (q, k, v))  # [1, heads, tokens, width]
-        out.append(F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    documents = list(itertools.pairwise(cu_seqlens.tolist()))
+    with sdpa_kernel(ANY_LENGTH + [SDPBackend.CUDNN_ATTENTION] * (len(documents) == 1)):
+        for s, e in documents:
+            heads = (t[s:e].transpose(0, 1)[None] for t in (q, k, v))  # [1, heads, tokens, width]
+            out.append(F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
     return torch.cat(out)
 
 

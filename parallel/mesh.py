@@ -59,6 +59,7 @@ def start_processes(store: dist.Store, rank: int, world: int, timeout: int) -> N
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed picks the device
     dist.init_process_group(backend(), store=store, rank=rank, world_size=world, timeout=wait)
 
 

@@ -1,6 +1,15 @@
 """One thread a process: tests fork their ranks, and a forked child must not inherit a pool of OpenMP threads."""
 
+import argparse
+import ast
+import inspect
+import json
 import os
+import pickle
+import subprocess
+import tarfile
+import threading
+import typing
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -19,10 +28,21 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+SOURCES = [argparse, ast, inspect, pickle, subprocess, tarfile, threading, typing]
+
+
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> str:
-    """A small prepared data set with several shards and held-out documents: part of the standard library's sources."""
-    path = tmp_path_factory.mktemp("corpus") / "stdlib"
-    options = "--tokenizer bpe:500 --limit-mb 0.5 --shard-tokens 30000 --val-fraction 0.15 --workers 1"
-    assert prepare.main(["--input", "stdlib", "--output", str(path), *options.split()]) == 0
-    return str(path)
+def texts() -> list[str]:
+    """Short real documents: the functions and classes of some modules of the standard library."""
+    return [part for module in SOURCES for part in inspect.getsource(module).split("\n\n\n") if part.strip()]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory, texts) -> str:
+    """Those prepared, as several shards and a held-out one."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    options = "--tokenizer bpe:500 --shard-tokens 30000 --val-fraction 0.1 --workers 1"
+    files = ["--input", str(folder / "texts.jsonl"), "--output", str(folder / "tokens")]
+    assert prepare.main([*files, *options.split()]) == 0
+    return str(folder / "tokens")

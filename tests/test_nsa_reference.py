@@ -174,7 +174,7 @@ def test_chunks_change_nothing(monkeypatch):
     case = BY_NAME["odd length"]
     results = []
     for chunk, keep in ((1000, 1000), (16, 1000), (16, 0), (7, 0)):
-        monkeypatch.setattr(reference, "CHUNK", chunk)
+        monkeypatch.setattr(reference, "CHUNKS", (chunk, chunk))
         monkeypatch.setattr(reference, "KEEP", keep)
         x = make_inputs(case, torch.float64)
         o = run(case, x)

@@ -80,9 +80,9 @@ def test_layout(one_process, world, layout):
 
 def test_rows_hold_several_documents(corpus):
     cfg = tiny.config()
-    loader = Loader(corpus, "train", cfg.data.seq_len, 8, 1, cfg.seed)
+    loader = Loader(corpus, "train", cfg.data.seq_len, cfg.train.global_batch, 1, cfg.seed)
     documents = [len(b.cu_seqlens) - 1 for _ in range(STEPS) for b in loader.next_step()]
-    assert sum(n > 1 for n in documents) > len(documents) / 10
+    assert sum(n > 1 for n in documents) > len(documents) / 3
 
 
 def test_micro_batches_only_cut_the_work(one_process):

@@ -14,7 +14,7 @@ def config(kind: str = "nsa", **changes: Any) -> Config:
         parallel=Parallel(timeout=60),
         data=Data(path="unused", seq_len=96),
         optim=Optim(lr=1e-3, min_lr=1e-4, warmup=2, clip=0.5),
-        train=Train(steps=10, global_batch=8, micro_batch=1, precision=Precision.fp32),
+        train=Train(steps=10, global_batch=4, micro_batch=1, precision=Precision.fp32),
         run=Run(dir="unused-run"),
     )
     return change(cfg, **changes)
