@@ -24,7 +24,7 @@ from launch.log import RunLog
 from launch.meter import Meter, environment
 from launch.stop import REASONS, Stop
 from parallel import checkpoint, mesh, metrics
-from parallel.comm import host_sum
+from parallel.comm import host_gather, host_sum, together
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from parallel.schedule import learning_rate
@@ -42,15 +42,15 @@ def train_step(run: "Run") -> "Step":
 
 def train(run: "Run") -> tuple[int, str]:
     """Steps until the last one, or until somebody asks to stop. Returns the exit code and the reason."""
-    cfg, stop = run.cfg, None
-    meter = Meter(cfg, run.mesh)
+    cfg, meter, stop = run.cfg, run.meter, None
+    meter.restart()
     while run.step < cfg.train.steps and stop is None:
         step = train_step(run)
         meter.count(step.totals.flops, step.totals.dense_flops)
         stop = step.totals.stop
         last = run.step == cfg.train.steps or stop is not None
         if due(run.step, cfg.train.log_every) or last:
-            write_step(run, step, meter)
+            write_step(run, step)
         meter.pause()
         if due(run.step, cfg.train.eval_every) or last:
             evaluate(run)
@@ -76,6 +76,7 @@ class Run:
     loader: Loader
     held_out: Optional[Loader]  # None where no documents were held out
     engine: Engine
+    meter: Meter
     log: Optional[RunLog] = None  # on rank 0
     step: int = 0
     tokens: int = 0
@@ -108,10 +109,7 @@ class Step:
 
 
 def next_batches(run: Run, loader: Loader) -> tuple[list[Batch], Totals]:
-    """This rank's micro-batches, and sums over all ranks.
-
-    A rank that cannot read its rows raises DataError and the others leave with its code, so that nobody waits for it.
-    """
+    """This rank's micro-batches, and sums over all ranks. One rank's DataError is raised on all of them."""
     try:
         batches, error = loader.next_step(), None
     except DataError as e:
@@ -122,22 +120,20 @@ def next_batches(run: Run, loader: Loader) -> tuple[list[Batch], Totals]:
     dense = metrics.dense_equivalent(run.cfg, run.vocab, lengths).total
     asked = run.stop.asked(Path(run.cfg.run.dir))
     sums = host_sum([error is not None, *(asked == reason for reason in REASONS), targets, flops, dense], run.mesh)
-    if error:
-        raise error
     if sums[0]:
-        raise SystemExit(DataError.code)
+        raise next(e for e in host_gather(error, run.mesh) if e)
     stop = next((REASONS[reason] for reason, count in zip(REASONS, sums[1:]) if count), None)
     same = run.mesh.tp.size * run.mesh.pp.size  # this many ranks hold each row
     return batches, Totals(*(s // same for s in sums[1 + len(REASONS) :]), stop)
 
 
-def write_step(run: Run, step: Step, meter: Meter) -> None:
+def write_step(run: Run, step: Step) -> None:
     """Log a step, which waits for the device. Raises DivergedError if its loss or norm is no number."""
     loss, norm = float(step.loss), float(step.norm)
     if not math.isfinite(loss) or not math.isfinite(norm):
         why = f"loss {loss}, gradient norm {norm}"
         raise DivergedError("step", run.step, why, "continue from an earlier checkpoint with a lower optim.lr")
-    measured = meter.read()
+    measured = run.meter.read()
     if run.log:
         values = {"step": run.step, "tokens": run.tokens, "loss": loss, "grad_norm": norm, "lr": step.lr}
         run.log.step({**values, **measured})
@@ -162,11 +158,11 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     cfg = from_text(text)
     check(cfg, dist.get_world_size())
     place = mesh.build(cfg.parallel.tp, cfg.parallel.pp)
-    loader = open_loader(cfg, place, "train")
+    loader = together(lambda: open_loader(cfg, place, "train"), place)
     held_out = open_loader(cfg, place, "val") if loader.manifest.splits.get("val") else None
     vocab = vocabulary(cfg, loader)
     found = checkpoint.find(Path(cfg.run.dir), place, cfg.resume, describe(cfg, place, vocab))
-    run = Run(cfg, place, stop, vocab, loader, held_out, Engine(cfg, vocab, place))
+    run = Run(cfg, place, stop, vocab, loader, held_out, Engine(cfg, vocab, place), Meter(cfg, place))
     run.wandb_id = uuid.uuid4().hex[:12]
     if found:
         path, state = found
@@ -255,7 +251,7 @@ def main() -> int:
             dist.destroy_process_group()
     except RunError as e:
         code = e.code
-        if rank == 0 or isinstance(e, DataError):
+        if rank == 0:
             print(e, file=sys.stderr, flush=True)
     if rank == 0 and "SPARSETRON_EXIT_FILE" in os.environ:
         Path(os.environ["SPARSETRON_EXIT_FILE"]).write_text(str(code))

@@ -13,7 +13,11 @@ class RunError(Exception):
     code = 70
 
     def __init__(self, what: str, where: object, why: str, fix: str):
-        super().__init__(" ".join(f"error: {what} {where}: {why}; {fix}".split()))
+        super().__init__(what, str(where), why, fix)
+
+    def __str__(self) -> str:
+        what, where, why, fix = self.args
+        return " ".join(f"error: {what} {where}: {why}; {fix}".split())
 
 
 class ConfigError(RunError):

@@ -15,12 +15,16 @@ if [ -z "$processes" ]; then
 fi
 cores="$(nproc)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
+train="${SPARSETRON_TRAIN:-$here/train.py}"
+if [ "$processes" = 1 ]; then
+    exec python "$train" "$@" # nobody to join: signals and exit code are its own
+fi
 SPARSETRON_EXIT_FILE="$(mktemp)"
 export SPARSETRON_EXIT_FILE
 trap 'rm -f "$SPARSETRON_EXIT_FILE"' EXIT
 # The run saves before it stops, so torchrun has to pass the signals on and wait longer than its 30 s.
 torchrun --standalone --nproc-per-node "$processes" --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 300 \
-    "${SPARSETRON_TRAIN:-$here/train.py}" "$@" &
+    "$train" "$@" &
 torchrun=$!
 for name in TERM USR1 INT; do
     trap 'kill -'"$name"' "$torchrun" 2>/dev/null' "$name"

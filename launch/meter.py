@@ -25,7 +25,6 @@ class Meter:
         self.cfg, self.mesh = cfg, mesh
         self.peak = metrics.device_peak(device_name(mesh.device))
         self.full_tokens_per_s, self.source = twin_speed(cfg.run.twin)
-        self.restart()
 
     def restart(self) -> None:
         """Begin a new interval now."""

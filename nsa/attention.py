@@ -7,6 +7,13 @@ from configs.schema import Attention, Backend, Branch
 from nsa import reference
 
 
+def check_backend(sizes: Attention) -> None:
+    """Raises ConfigError if `sizes.backend` cannot run."""
+    if sizes.backend is Backend.triton:
+        why = "this version has no Triton kernels"
+        raise ConfigError("config", "attention.backend=triton", why, "give torch or auto")
+
+
 def nsa_attention(
     q: Tensor,
     kv: dict[str, tuple[Tensor, Tensor]],
@@ -21,13 +28,10 @@ def nsa_attention(
     q [n, h, dk], rotated. kv: for slc and win, where active, rotated keys [n, h_kv, dk] and values [n, h_kv, dv].
     k_cmp [m, h_kv, dk], compressed then rotated, and v_cmp [m, h_kv, dv]; v_cmp is None where the blocks only score,
     both are None where neither cmp nor slc is active. gates [n, h, branches] in the order of `sizes.branches`.
-    cu_seqlens [documents + 1] in host memory. Raises ValueError for shapes that do not fit, ConfigError for a backend
-    that cannot run.
+    cu_seqlens [documents + 1] in host memory. Raises ValueError for shapes that do not fit.
     """
+    check_backend(sizes)
     _check(q, kv, k_cmp, v_cmp, gates, cu_seqlens, sizes)
-    if sizes.backend is Backend.triton:
-        why = "this version has no Triton kernels"
-        raise ConfigError("config", "attention.backend=triton", why, "give torch or auto")
     return reference.nsa(q, kv, k_cmp, v_cmp, gates, cu_seqlens, sizes)
 
 

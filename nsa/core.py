@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from configs.schema import Attention, Branch, Compression
 from nsa import reference
-from nsa.attention import nsa_attention
+from nsa.attention import check_backend, nsa_attention
 
 
 class Phi(nn.Module):
@@ -32,6 +32,7 @@ class NSACore(nn.Module):
 
     def __init__(self, sizes: Attention, qk_dim: int, v_dim: int):
         super().__init__()
+        check_backend(sizes)  # before a run is made, not in its first step
         self.sizes = sizes
         self.compresses = Branch.cmp in sizes.branches
         self.scores = Branch.slc in sizes.branches

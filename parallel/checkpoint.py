@@ -14,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional, TypeVar
 
-import torch.distributed as dist
-
 from configs.errors import CheckpointError
 from configs.schema import Resume
+from parallel.comm import host_gather, together
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 
@@ -36,12 +35,12 @@ def save(run: Path, step: int, engine: Engine, mesh: Mesh, state: dict[str, Any]
     final, temporary = root / f"step-{step:08d}", root / f"step-{step:08d}.tmp"
     if _agree(mesh, final.exists):
         return final
-    _together(mesh, final, lambda: _fresh(temporary) if mesh.rank == 0 else None)
-    _together(mesh, final, lambda: engine.save(str(temporary), SHARDS, {}))
-    parts = _together(mesh, final, lambda: _hash_share(temporary, mesh))
+    _write(mesh, final, lambda: _fresh(temporary) if mesh.rank == 0 else None)
+    _write(mesh, final, lambda: engine.save(str(temporary), SHARDS, {}))
+    parts = host_gather(_write(mesh, final, lambda: _hash_share(temporary, mesh)), mesh)
     files = {name: entry for part in parts for name, entry in part.items()}
     manifest = {"version": VERSION, "step": step, "files": files, "state": state}
-    _together(mesh, final, lambda: _publish(temporary, final, manifest, keep) if mesh.rank == 0 else None)
+    _write(mesh, final, lambda: _publish(temporary, final, manifest, keep) if mesh.rank == 0 else None)
     return final
 
 
@@ -56,7 +55,7 @@ def find(run: Path, mesh: Mesh, resume: Resume, state: dict[str, Any]) -> Option
             raise CheckpointError("run.dir", run, "exists and resume=never", "choose another run.dir or resume=auto")
         return None
     for path in _agree(mesh, lambda: published(run)):
-        problems = [p for p in _gather(mesh, _damage(path, mesh)) if p]
+        problems = [p for p in host_gather(_damage(path, mesh), mesh) if p]
         if problems:
             _say(mesh, f"warning: checkpoint {path}: {problems[0]}; going back to the one before")
             continue
@@ -151,29 +150,22 @@ def _check_same(path: str, found: dict[str, Any], state: dict[str, Any]) -> None
                 raise CheckpointError("checkpoint", path, f"{why}: {key}={there}, this run has {here}", fix)
 
 
-def _gather(mesh: Mesh, value: T) -> list[T]:
-    out: list[Any] = [None] * mesh.world
-    dist.all_gather_object(out, value, group=mesh.control)
-    return out
-
-
 def _agree(mesh: Mesh, ask: Callable[[], T]) -> T:
     """What rank 0 sees, on every rank: folders of a network file system may look different for a moment."""
-    return _gather(mesh, ask() if mesh.rank == 0 else None)[0]
+    return host_gather(ask() if mesh.rank == 0 else None, mesh)[0]
 
 
-def _together(mesh: Mesh, path: Path, work: Callable[[], T]) -> list[T]:
-    """Do the work on every rank and wait for all; one rank's failure is everybody's CheckpointError."""
-    result, error = None, None
-    try:
-        result = work()
-    except Exception as e:  # whatever it is, the other ranks must hear of it
-        error = f"rank {mesh.rank}: {type(e).__name__} {e}"
-    both = _gather(mesh, (result, error))
-    failed = [e for _, e in both if e]
-    if failed:
-        raise CheckpointError("checkpoint", path, failed[0], "free the disk or fix its permissions, then start again")
-    return [r for r, _ in both]
+def _write(mesh: Mesh, path: Path, work: Callable[[], T]) -> T:
+    """Do the work on every rank; whatever goes wrong on one of them is everybody's CheckpointError."""
+
+    def guarded() -> T:
+        try:
+            return work()
+        except Exception as e:
+            why = f"rank {mesh.rank}: {type(e).__name__} {e}"
+            raise CheckpointError("checkpoint", path, why, "free the disk or fix its permissions, and go on") from e
+
+    return together(guarded, mesh)
 
 
 def _say(mesh: Mesh, line: str) -> None:

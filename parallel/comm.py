@@ -1,4 +1,6 @@
-"""The four conjugate collectives of tensor parallelism, each with its gradient. All act on dimension 0.
+"""The four conjugate collectives of tensor parallelism, each with its gradient, and agreement between hosts.
+
+The four act on dimension 0:
 
 forward          backward         where
 copy: identity   all-reduce       a replicated tensor enters sharded work
@@ -7,11 +9,17 @@ gather: all-gather  reduce-scatter   token shards enter it (sequence parallelism
 scatter: reduce-scatter  all-gather  partial sums leave it as token shards
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from configs.errors import RunError
 from parallel.mesh import Group, Mesh
+
+T = TypeVar("T")
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
@@ -105,3 +113,23 @@ def host_sum(values: list[int], mesh: Mesh) -> list[int]:
     total = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(total, group=mesh.control)
     return total.tolist()
+
+
+def host_gather(value: T, mesh: Mesh) -> list[T]:
+    """The value of every rank, in rank order, through pickle. Collective."""
+    out: list[Any] = [None] * mesh.world
+    dist.all_gather_object(out, value, group=mesh.control)
+    return out
+
+
+def together(work: Callable[[], T], mesh: Mesh) -> T:
+    """Do the work on every rank and wait for all; the first RunError of a rank is raised on all. Collective."""
+    result, error = None, None
+    try:
+        result = work()
+    except RunError as e:
+        error = e
+    failed = [e for e in host_gather(error, mesh) if e is not None]
+    if failed:
+        raise failed[0]
+    return result

@@ -1,0 +1,128 @@
+"""The launch scripts, run for real around a small program; stand-ins act like slurm's own commands."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).resolve().parent.parent / "launch"
+PROGRAM = """
+import os, signal, sys, time
+rank = os.environ["RANK"]
+stopped = []
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda *_: stopped.append(1))
+out = os.path.join(os.environ["OUT"], "rank" + rank)
+open(out, "w").write("\\n".join([os.environ["WORLD_SIZE"], *sys.argv[1:]]))
+end = time.time() + float(os.environ.get("SECONDS_TO_RUN", "0"))
+while time.time() < end and not stopped:
+    time.sleep(0.05)
+code = 75 if stopped else int(os.environ.get("CODE", "0"))
+if rank == "0":
+    open(os.environ["SPARSETRON_EXIT_FILE"], "w").write(str(code))
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def place(tmp_path) -> dict[str, str]:
+    """An environment in which the scripts start PROGRAM, whose ranks write what they were given into OUT."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "out").mkdir()
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OUT": str(tmp_path / "out"), "SPARSETRON_TRAIN": str(tmp_path / "program.py")}
+
+
+def given(place: dict[str, str]) -> dict[str, list[str]]:
+    return {p.name: p.read_text().split("\n") for p in sorted(Path(place["OUT"]).iterdir())}
+
+
+@pytest.mark.parametrize("script", ["local.sh", "slurm.sbatch", "env.sh", "demo.sh"])
+def test_bash_can_read(script):
+    subprocess.run(["bash", "-n", str(LAUNCH / script)], check=True)
+
+
+def local(place, *args: str) -> subprocess.Popen:
+    return subprocess.Popen([str(LAUNCH / "local.sh"), *args], env=place, stderr=subprocess.DEVNULL)
+
+
+def test_local_passes_options_on_as_they_are(place):
+    options = ["run.dir=runs/a b", "model.name='x'", 'data.path="q"', "attention.n=8"]
+    assert local(place, "-n", "2", *options).wait(120) == 0
+    assert given(place) == {"rank0": ["2", *options], "rank1": ["2", *options]}
+
+
+@pytest.mark.parametrize("code", [0, 64, 75])
+def test_local_leaves_with_the_runs_own_code(place, code):
+    assert local({**place, "CODE": str(code)}, "-n", "2", "a=b").wait(120) == code
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert path.exists()
+    time.sleep(0.3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_local_hands_a_request_to_stop_on_and_waits_for_the_run(place, number):
+    process = local({**place, "SECONDS_TO_RUN": "60"}, "-n", "2", "a=b")
+    wait_for(Path(place["OUT"], "rank1"))
+    process.send_signal(number)
+    assert process.wait(60) == 75
+
+
+STAND_INS = {
+    "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; echo 127.0.0.2; else echo "$@" >>"$CALLS"; fi\n',
+    "srun": 'while [[ "$1" == --* ]]; do shift; done\nexec "$@"\n',  # one node: the command itself
+}
+
+
+@pytest.fixture
+def slurm(place, tmp_path) -> dict[str, str]:
+    (tmp_path / "bin").mkdir()
+    for name, body in STAND_INS.items():
+        script = tmp_path / "bin" / name
+        script.write_text(f"#!/usr/bin/env bash\n{body}")
+        script.chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_SUBMIT_DIR": str(LAUNCH.parent), "SPARSETRON_PROCESSES": "2",
+        "RUN_DIR": str(tmp_path / "runs of mine" / "a run"), "CALLS": str(tmp_path / "calls"),
+    }  # fmt: skip
+    return {**place, **job}
+
+
+def sbatch(slurm, *args: str) -> subprocess.Popen:
+    return subprocess.Popen(["bash", str(LAUNCH / "slurm.sbatch"), *args], env=slurm, stderr=subprocess.DEVNULL)
+
+
+def test_slurm_passes_options_on_as_they_are(slurm):
+    assert sbatch(slurm, "model.name=a b", "attention.n=8").wait(120) == 0
+    expected = ["2", f"run.dir={slurm['RUN_DIR']}", "model.name=a b", "attention.n=8"]
+    assert given(slurm) == {"rank0": expected, "rank1": expected}
+    assert not Path(slurm["CALLS"]).exists(), "a run that is done is not queued again"
+
+
+def test_slurm_does_not_queue_a_failed_run_again(slurm):
+    assert sbatch({**slurm, "CODE": "65"}, "a=b").wait(120) == 65
+    assert not Path(slurm["CALLS"]).exists()
+
+
+def test_slurm_warns_the_run_and_queues_it_again(slurm):
+    process = sbatch({**slurm, "SECONDS_TO_RUN": "60"}, "a=b")
+    wait_for(Path(slurm["OUT"], "rank1"))
+    process.send_signal(signal.SIGUSR1)  # what --signal=B:USR1@300 sends to the batch script
+    assert process.wait(60) == 75
+    assert Path(slurm["CALLS"]).read_text() == "requeue 4711\n"
+
+
+def test_slurm_needs_a_run_directory(slurm):
+    del slurm["RUN_DIR"]
+    assert sbatch(slurm, "a=b").wait(60) != 0
+    assert given(slurm) == {}
