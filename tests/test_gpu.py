@@ -59,7 +59,7 @@ def test_layout_in_fp32(one_gpu, layout):
             assert ours == pytest.approx(theirs, rel=1e-4), f"step {step}"
 
 
-@pytest.mark.parametrize("layout", [{}, *LAYOUTS], ids=str)
+@pytest.mark.parametrize("layout", [{}, *LAYOUTS[1:5:2], LAYOUTS[4], LAYOUTS[-1]], ids=str)
 def test_bf16_stays_near_fp32(one_gpu, layout):
     can_run(layout)
     cfg, exact = one_gpu

@@ -56,7 +56,7 @@ def decoded(path: Path) -> list[str]:
     return out
 
 
-SMALL = ("--tokenizer", "bpe:400", "--shard-tokens", 8000, "--val-fraction", 0.2)
+SMALL = ("--tokenizer", "bpe:400", "--shard-tokens", 1500, "--val-fraction", 0.2)
 
 
 def test_every_document_is_there_once_whatever_the_workers(sources, tmp_path, texts):
