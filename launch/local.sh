@@ -11,20 +11,18 @@ if [ "${1:-}" = "-n" ]; then
     shift 2
 fi
 if [ -z "$processes" ]; then
-    processes="$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')" || exit 70
+    processes="$(python3 -c 'import torch; print(max(1, torch.cuda.device_count()))')" || exit 70
 fi
 cores="$(nproc)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
 train="${SPARSETRON_TRAIN:-$here/train.py}"
 if [ "$processes" = 1 ]; then
-    exec python "$train" "$@" # nobody to join: signals and exit code are its own
+    exec python3 "$train" "$@" # nobody to join: signals and exit code are its own
 fi
 SPARSETRON_EXIT_FILE="$(mktemp)"
 export SPARSETRON_EXIT_FILE
 trap 'rm -f "$SPARSETRON_EXIT_FILE"' EXIT
-# The run saves before it stops, so torchrun has to pass the signals on and wait longer than its 30 s.
-torchrun --standalone --nproc-per-node "$processes" --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 300 \
-    "$train" "$@" &
+torchrun --standalone --nproc-per-node "$processes" "${TORCHRUN_FLAGS[@]}" "$train" "$@" &
 torchrun=$!
 for name in TERM USR1 INT; do
     trap 'kill -'"$name"' "$torchrun" 2>/dev/null' "$name"

@@ -58,3 +58,8 @@ def _check(q, kv, k_cmp, v_cmp, gates, cu_seqlens, sizes) -> None:
             )
     if Branch.cmp in sizes.branches and (v_cmp is None or v_cmp.shape[:2] != k_cmp.shape[:2]):
         raise ValueError("the cmp branch needs a compressed value for each compressed key")
+    used = [kv[b.value] if b is not Branch.cmp else (k_cmp, v_cmp) for b in sizes.branches]
+    kv_heads = {k.shape[1] for k, _ in used} | ({k_cmp.shape[1]} if Branch.slc in sizes.branches else set())
+    v_dims = {v.shape[2] for _, v in used}
+    if len(kv_heads) > 1 or len(v_dims) > 1:  # these would broadcast in silence where one of them is 1
+        raise ValueError(f"branches disagree: KV heads {sorted(kv_heads)}, value widths {sorted(v_dims)}")

@@ -60,7 +60,8 @@ def start_processes(store: dist.Store, rank: int, world: int, timeout: int) -> N
     if device.type == "cuda":
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed picks the device
-    dist.init_process_group(backend(), store=store, rank=rank, world_size=world, timeout=wait)
+    own = device if backend() == "nccl" else None
+    dist.init_process_group(backend(), store=store, rank=rank, world_size=world, timeout=wait, device_id=own)
 
 
 def local_device() -> torch.device:

@@ -99,11 +99,12 @@ def test_ablations_run_with_the_weights_they_need(changes):
         assert made.phi_k.w1.shape == (5, 8 * QK)
 
 
-def test_selection_alone_scores_by_the_mean_of_the_keys_it_selects():
-    a = sizes(branches=[Branch.slc], compression=Compression.mean)
+@pytest.mark.parametrize("branches", [[Branch.slc], [Branch.win, Branch.slc]], ids=str)
+def test_without_cmp_selection_scores_by_the_mean_of_the_keys_it_selects(branches):
+    a = sizes(branches=branches, compression=Compression.mean)
     made, (q, kv, gates) = core(a), inputs(a)
-    with_cmp = sizes(compression=Compression.mean)
-    other = core(with_cmp)
-    three = {"cmp": kv["slc"], "slc": kv["slc"], "win": kv["slc"]}
-    only_slc = torch.cat((torch.zeros_like(gates), gates, torch.zeros_like(gates)), dim=2)
-    torch.testing.assert_close(made(q, kv, gates, CU, ROPE), other(q, three, only_slc, CU, ROPE))
+    other = core(sizes(compression=Compression.mean))
+    three = {"cmp": kv["slc"], "win": kv["slc"], **kv}
+    places = [list(Branch).index(b) for b in branches]
+    only = torch.zeros(N, HEADS, 3).index_copy(2, torch.tensor(places), gates)
+    torch.testing.assert_close(made(q, kv, gates, CU, ROPE), other(q, three, only, CU, ROPE))

@@ -255,6 +255,10 @@ def test_misfits_are_named():
             run(case, {**x, name: x[name][:-1]})
     with pytest.raises(ValueError, match="run from 0 to"):
         run(Case("short", (5,)), x)
+    one_head = {name: x[name][:, :1] for name in ("k_cmp", "v_cmp")}
+    for changed in (one_head, {"v_slc": x["v_slc"][..., :1]}):
+        with pytest.raises(ValueError, match="branches disagree"):
+            run(case, {**x, **changed})
 
 
 def test_triton_is_refused_until_there_are_kernels():
