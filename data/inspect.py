@@ -8,8 +8,8 @@ from typing import Optional
 import numpy as np
 
 from configs.errors import DataError, RunError
-from data.prepare import open_tokenizer
 from data.shards import Manifest, Shard, read_manifest
+from data.tokenizer import load
 
 
 def describe(manifest: Manifest, verify: bool) -> None:
@@ -38,7 +38,7 @@ def decode(manifest: Manifest, split: str, index: int) -> str:
             shard = Shard(manifest.directory, entry, manifest.dtype, verify=False)
             ends = np.append(shard.starts, len(shard))
             ranks = manifest.tokenizer["ranks"]
-            encoding = open_tokenizer(manifest.tokenizer["name"], ranks and str(manifest.directory / ranks))
+            encoding = load(manifest.tokenizer["name"], ranks and str(manifest.directory / ranks))
             return encoding.decode(shard.read(int(ends[index]), int(ends[index + 1]) - 1).tolist())
         index -= entry.documents
     raise DataError("document", f"{split} {index}", "beyond the last one", "give a smaller --document")

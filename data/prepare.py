@@ -17,13 +17,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-import tiktoken
 
 from configs.errors import DataError, RunError
 from data import tokenizer
@@ -94,15 +92,9 @@ def _jsonl(name: str, path: Path, field: str) -> Iterator[Document]:
             yield Document(f"{name}:{number}", len(text), text=text)
 
 
-@cache  # a worker process makes it once
-def open_tokenizer(name: str, ranks: Optional[str]) -> tiktoken.Encoding:
-    """The encoding of a rank file, or of a name that tiktoken knows."""
-    return tokenizer.from_file(Path(ranks)) if ranks else tokenizer.named(name)
-
-
 def _encode(name: str, ranks: Optional[str], batch: list[Document]) -> list[tuple[int, np.ndarray]]:
     """(digest of the text, tokens with the end-of-text token) of each document that is not empty."""
-    encoding, out = open_tokenizer(name, ranks), []
+    encoding, out = tokenizer.load(name, ranks), []
     for text in (d.read() for d in batch):
         if text:
             digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -230,7 +222,7 @@ def _fill(args: argparse.Namespace, options: dict[str, Any], directory: Path) ->
     if not total:
         raise DataError("input", " ".join(args.input), "holds no text", "give text, or another --include")
     ranks = _ranks(args.tokenizer, texts(), directory)
-    encoding = open_tokenizer(args.tokenizer, ranks)
+    encoding = tokenizer.load(args.tokenizer, ranks)
     shards = max(1, round(total / BYTES_A_TOKEN / args.shard_tokens))
     spill, progress = Spill(directory, shards, args.val_fraction, args.seed), Progress(total)
     for size, batch in encoded(texts(), args.tokenizer, ranks, args.workers):

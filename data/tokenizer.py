@@ -3,7 +3,9 @@
 import base64
 import hashlib
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
+from typing import Optional
 
 import tiktoken
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -25,6 +27,12 @@ PATTERN = "|".join(
         r"\s+",
     )
 )
+
+
+@cache  # a worker process makes it once
+def load(name: str, ranks: Optional[str]) -> tiktoken.Encoding:
+    """The encoding of the rank file `ranks`, or of a name that tiktoken knows."""
+    return from_file(Path(ranks)) if ranks else named(name)
 
 
 def named(name: str) -> tiktoken.Encoding:

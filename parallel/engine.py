@@ -203,6 +203,11 @@ class _Mpu:
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         return self.model
 
+    # Its universal checkpoint asks under the newer names.
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
     def get_data_parallel_rank(self) -> int:
         return self.mesh.dp.rank
 

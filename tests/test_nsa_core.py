@@ -101,9 +101,9 @@ def test_ablations_run_with_the_weights_they_need(changes):
 
 @pytest.mark.parametrize("branches", [[Branch.slc], [Branch.win, Branch.slc]], ids=str)
 def test_without_cmp_selection_scores_by_the_mean_of_the_keys_it_selects(branches):
-    a = sizes(branches=branches, compression=Compression.mean)
+    a = sizes(branches=branches, compression=Compression.mean, l_slc=8)  # more blocks in a document than the n chosen
     made, (q, kv, gates) = core(a), inputs(a)
-    other = core(sizes(compression=Compression.mean))
+    other = core(sizes(compression=Compression.mean, l_slc=8))
     three = {"cmp": kv["slc"], "win": kv["slc"], **kv}
     places = [list(Branch).index(b) for b in branches]
     only = torch.zeros(N, HEADS, 3).index_copy(2, torch.tensor(places), gates)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import inspect, prepare
+from data import inspect, prepare, tokenizer
 from data.shards import Shard, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 def decoded(path: Path) -> list[str]:
     manifest = read_manifest(path)
-    encoding = prepare.open_tokenizer("", str(path / manifest.tokenizer["ranks"]))
+    encoding = tokenizer.load("", str(path / manifest.tokenizer["ranks"]))
     out = []
     for entry in (e for entries in manifest.splits.values() for e in entries):
         shard = Shard(path, entry, manifest.dtype, verify=True)
