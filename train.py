@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Optional
@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import ConfigError, DataError, DivergedError, RunError
-from configs.schema import Config, check
+from configs.schema import Config, check, sources
 from data.loader import Batch, Loader
+from data.store import Limits
 from launch.compose import compose, from_text
 from launch.log import RunLog
 from launch.meter import Meter, environment
@@ -37,6 +38,7 @@ def train_step(run: "Run") -> "Step":
     loss, norm = run.engine.train_step(batches, totals.targets, lr)
     run.step += 1
     run.tokens += run.cfg.train.global_batch * run.cfg.data.seq_len
+    run.padding += totals.padding
     return Step(loss, norm, lr, totals)
 
 
@@ -79,12 +81,13 @@ class Run:
     meter: Meter
     log: Optional[RunLog] = None  # on rank 0
     step: int = 0
-    tokens: int = 0
+    tokens: int = 0  # positions of rows, padding included
+    padding: int = 0
     wandb_id: str = ""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides weights and optimizer. Nothing is drawn at random after the start."""
-        counters = {"step": self.step, "tokens": self.tokens, "wandb_id": self.wandb_id}
+        counters = {"step": self.step, "tokens": self.tokens, "padding": self.padding, "wandb_id": self.wandb_id}
         return {**describe(self.cfg, self.mesh, self.vocab), **counters, "data": self.loader.state_dict()}
 
 
@@ -95,6 +98,7 @@ class Totals:
     targets: int  # labels that count
     flops: int  # of the model, forward and backward
     dense_flops: int  # that its full-attention twin would need
+    padding: int  # tokens of no document
     stop: Optional[tuple[int, str]]  # exit code and reason, if some rank was asked to stop
 
 
@@ -118,13 +122,31 @@ def next_batches(run: Run, loader: Loader) -> tuple[list[Batch], Totals]:
     targets = sum(int((b.labels >= 0).sum()) for b in batches)
     flops = metrics.flops(run.cfg, run.vocab, lengths).total
     dense = metrics.dense_equivalent(run.cfg, run.vocab, lengths).total
+    padding = sum(b.padding for b in batches)
     asked = run.stop.asked(Path(run.cfg.run.dir))
-    sums = host_sum([error is not None, *(asked == reason for reason in REASONS), targets, flops, dense], run.mesh)
+    counts = [targets, flops, dense, padding]
+    faults = [error is not None, bool(loader.damaged)]
+    sums = host_sum([*faults, *(asked == reason for reason in REASONS), *counts], run.mesh)
     if sums[0]:
         raise next(e for e in host_gather(error, run.mesh) if e)
-    stop = next((REASONS[reason] for reason, count in zip(REASONS, sums[1:]) if count), None)
+    stop = next((REASONS[reason] for reason, count in zip(REASONS, sums[2:]) if count), None)
     same = run.mesh.tp.size * run.mesh.pp.size  # this many ranks hold each row
-    return batches, Totals(*(s // same for s in sums[1 + len(REASONS) :]), stop)
+    totals = Totals(*(s // same for s in sums[2 + len(REASONS) :]), stop)
+    return skip_damaged(run, loader, batches, totals) if sums[1] else (batches, totals)
+
+
+def skip_damaged(run: Run, loader: Loader, batches: list[Batch], totals: Totals) -> tuple[list[Batch], Totals]:
+    """Empty, on every rank that holds them, the rows that some rank could not read, and say so."""
+    found = {k: e for damaged in host_gather(loader.damaged, run.mesh) for k, e in damaged.items()}
+    if len(found) == run.cfg.train.global_batch:
+        raise next(iter(found.values()))
+    batches = loader.blank(batches, set(found))
+    sums = [sum(int((b.labels >= 0).sum()) for b in batches), sum(b.padding for b in batches)]
+    targets, padding = (s // (run.mesh.tp.size * run.mesh.pp.size) for s in host_sum(sums, run.mesh))
+    if run.log:
+        for row, error in sorted(found.items()):
+            run.log.say(f"skips row {row} of the {loader.split} data, {loader.skipped} so far: {error}")
+    return batches, replace(totals, targets=targets, padding=padding)
 
 
 def write_step(run: Run, step: Step) -> None:
@@ -136,6 +158,7 @@ def write_step(run: Run, step: Step) -> None:
     measured = run.meter.read()
     if run.log:
         values = {"step": run.step, "tokens": run.tokens, "loss": loss, "grad_norm": norm, "lr": step.lr}
+        values |= {"padding": run.padding, "rows_skipped": run.loader.skipped}
         run.log.step({**values, **measured})
 
 
@@ -158,8 +181,9 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     cfg = from_text(text)
     check(cfg, dist.get_world_size())
     place = mesh.build(cfg.parallel.tp, cfg.parallel.pp)
-    loader = together(lambda: open_loader(cfg, place, "train"), place)
-    held_out = open_loader(cfg, place, "val") if loader.manifest.splits.get("val") else None
+    loader = together(lambda: open_loader(cfg, place, "train", sources(cfg.data)), place)
+    val = loader.holding("val")
+    held_out = together(lambda: open_loader(cfg, place, "val", val), place) if val else None
     vocab = vocabulary(cfg, loader)
     found = checkpoint.find(Path(cfg.run.dir), place, cfg.resume, describe(cfg, place, vocab))
     run = Run(cfg, place, stop, vocab, loader, held_out, Engine(cfg, vocab, place), Meter(cfg, place))
@@ -168,7 +192,8 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         path, state = found
         checkpoint.load(path, run.engine)
         loader.load_state_dict(state["data"])
-        run.step, run.tokens, run.wandb_id = state["step"], state["tokens"], state["wandb_id"]
+        run.step, run.tokens, run.padding = state["step"], state["tokens"], state["padding"]
+        run.wandb_id = state["wandb_id"]
     if place.rank == 0:
         run.log = RunLog(cfg, text, environment(place, loader.fingerprint), run.wandb_id)
         run.log.say(f"continues {found[0]}" if found else f"starts {cfg.run.dir}")
@@ -184,11 +209,13 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     return code, reason
 
 
-def open_loader(cfg: Config, place: Mesh, split: str) -> Loader:
+def open_loader(cfg: Config, place: Mesh, split: str, mix: dict[str, float]) -> Loader:
     """The rows of this rank's data-parallel coordinate."""
+    d = cfg.data
     return Loader(
-        cfg.data.path, split, cfg.data.seq_len, cfg.train.global_batch, cfg.train.micro_batch, cfg.seed,
-        place.dp.rank, place.dp.size, cfg.data.long_documents, cfg.data.verify,
+        mix, split, d.seq_len, cfg.train.global_batch, cfg.train.micro_batch, cfg.seed,
+        place.dp.rank, place.dp.size, d.long_documents, d.verify, d.on_bad_shard, d.read_ahead,
+        Limits(d.cache_dir, int(d.cache_gib * 2**30), d.timeout),
     )  # fmt: skip
 
 
@@ -196,7 +223,7 @@ def vocabulary(cfg: Config, loader: Loader) -> int:
     """Size of the model's vocabulary: the user's, or the data's rounded up to 128 for the matrix units."""
     size, tp = cfg.model.vocab_size or -(-loader.vocab_size // 128) * 128, cfg.parallel.tp
     if size < loader.vocab_size:
-        why = f"smaller than the {loader.vocab_size} tokens of {cfg.data.path}"
+        why = f"smaller than the {loader.vocab_size} tokens of the data"
         raise ConfigError("config", f"model.vocab_size={size}", why, f"give at least {loader.vocab_size}, or null")
     if size % tp:
         why = f"does not divide the vocabulary of {size}"

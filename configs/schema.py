@@ -4,7 +4,9 @@ Hydra composes the YAML groups beside this file into `Config`; `check` then appl
 A field without a default has to come from a group or from the command line.
 """
 
+import math
 import os
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Optional
@@ -61,6 +63,13 @@ class LongDocuments(Enum):
 
     carry = "carry"
     cut = "cut"
+
+
+class OnBadShard(Enum):
+    """stop: the run ends with a line that names shard and sample. skip: rows of it are empty, counted and logged."""
+
+    stop = "stop"
+    skip = "skip"
 
 
 class Resume(Enum):
@@ -133,10 +142,16 @@ class Parallel:
 class Data:
     """Prepared shards (python -m data.prepare) and how rows are made of them."""
 
-    path: str
+    path: Optional[str] = None  # a directory, or an http(s):// or s3:// address; or else:
+    mix: dict[str, float] = field(default_factory=dict)  # several of them with weights: "{DIR_A: 0.7, DIR_B: 0.3}"
     seq_len: int = 1024
     long_documents: LongDocuments = LongDocuments.carry
-    verify: bool = True  # compare each shard's hash with the manifest at first use
+    verify: bool = False  # compare each shard's whole hash when it is opened; pages are always checked at first use
+    on_bad_shard: OnBadShard = OnBadShard.stop
+    read_ahead: int = 1  # steps made ready by a thread while the device works; the order does not depend on it
+    cache_dir: str = "~/.cache/sparsetron"  # of shards from servers, shared by the processes of a node
+    cache_gib: float = 64.0  # kept there at most; the least recently opened go first
+    timeout: float = 120.0  # seconds of trying until a part of a remote shard is given up
 
 
 @dataclass(kw_only=True)
@@ -219,6 +234,20 @@ def check(cfg: Config, world: int) -> None:
     _check_layout(cfg, world)
 
 
+REMOTE = ("http", "https", "s3")
+
+
+def scheme(path: str) -> Optional[str]:
+    """Of an address such as http://...; None for a path of this machine. `pipe:` is one too, and never allowed."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)(://|::)|(pipe):", path)
+    return (found.group(1) or found.group(3)).lower() if found else None
+
+
+def sources(data: Data) -> dict[str, float]:
+    """The data sets of a run with their weights."""
+    return dict(data.mix) or {data.path or "": 1.0}
+
+
 def data_parallel(cfg: Config, world: int) -> int:
     """Number of data-parallel replicas among `world` processes."""
     return world // (cfg.parallel.tp * cfg.parallel.pp)
@@ -243,9 +272,9 @@ _AT_LEAST_ONE = """
 """.split()
 _AT_LEAST_ZERO = """
     attention.initial optim.lr optim.min_lr optim.warmup optim.weight_decay
-    train.steps train.eval_every checkpoint.every seed
+    train.steps train.eval_every checkpoint.every seed data.read_ahead
 """.split()
-_ABOVE_ZERO = "model.rope_theta model.norm_eps model.init_std optim.eps optim.clip wandb.timeout".split()
+_ABOVE_ZERO = "model.rope_theta model.norm_eps model.init_std optim.eps optim.clip wandb.timeout data.cache_gib data.timeout".split()
 
 
 def _get(cfg: Config, key: str) -> Any:
@@ -270,12 +299,28 @@ def _check_ranges(cfg: Config) -> None:
 
 
 def _check_paths(cfg: Config) -> None:
-    for key in ("data.path", "run.dir"):
-        value = _get(cfg, key)
-        _require(bool(value.strip()), key, value, "empty", "give a directory")
+    data = cfg.data
+    if data.mix:
+        _require(data.path is None, "data.path", data.path, "given beside data.mix", "give one of them")
+    else:
+        _require(data.path is not None, "data.path", data.path, "has no value", "give data.path=DIR, or data.mix")
+    for path, weight in sources(data).items():
+        _require(0 < weight < math.inf, f"data.mix.{path}", weight, "no weight", "give a number above 0")
+        _check_path(cfg, "data.mix" if data.mix else "data.path", path)
+    _check_path(cfg, "run.dir", cfg.run.dir)
+    _require(scheme(cfg.run.dir) is None, "run.dir", cfg.run.dir, "not on this machine", "give a directory")
+
+
+def _check_path(cfg: Config, key: str, value: str) -> None:
+    _require(bool(value.strip()), key, value, "empty", "give a directory")
+    kind = scheme(value)
+    allowed = kind is None or kind in REMOTE
+    _require(allowed, key, value, f"{kind}: is not allowed", f"give a directory, or one of {', '.join(REMOTE)}")
+    if kind is None:
         _require("=" not in value, key, value, "has a '=' in it", "choose a path without '=' (it breaks overrides)")
-    same = os.path.abspath(cfg.data.path) == os.path.abspath(cfg.run.dir)
-    _require(not same, "run.dir", cfg.run.dir, "is also data.path", "give the run a directory of its own")
+    if key != "run.dir":
+        same = kind is None and os.path.abspath(value) == os.path.abspath(cfg.run.dir)
+        _require(not same, "run.dir", cfg.run.dir, f"is also {key}", "give the run a directory of its own")
 
 
 def _check_model(cfg: Config) -> None:

@@ -1,31 +1,55 @@
 """Batches whose order is a pure function of (seed, rows consumed): any number of ranks reads the same global batches.
 
-Shards are permuted, taken in windows of a few, and the rows of a window are permuted, by small Feistel networks that
-are computed and never stored. The state is a few numbers, the same on every rank.
+The state is a few numbers, the same on every rank. A change of the length of rows is part of it: a stage ends where it
+was left, what its rows had not read of the window under way is read first, then the windows after it.
 """
 
 import hashlib
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
 
 from configs.errors import DataError
-from configs.schema import LongDocuments
-from data.pack import Row, make_row, row_starts, rows
-from data.shards import Shard, read_manifest
+from configs.schema import LongDocuments, OnBadShard
+from data.order import Mixture, Rows, Window
+from data.pack import fill
+from data.source import Source
+from data.store import Limits
 
-WINDOW = 8  # shards whose rows are mixed with one another
+ORDER = 2  # version of the order: changed with everything that changes which row comes when
+PLAN = 512  # rows whose places are computed at once, about
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch, on the host."""
 
-    tokens: torch.Tensor  # int64 [rows, seq_len]
-    labels: torch.Tensor  # int64 [rows, seq_len], -100 where nothing is predicted
+    tokens: torch.Tensor  # int32 [rows, seq_len]
+    labels: torch.Tensor  # int32 [rows, seq_len], -100 where nothing is predicted
     cu_seqlens: torch.Tensor  # int32 [documents + 1] over the flattened rows; a row always starts a document
+    padding: int = 0  # tokens that are of no document
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Place of each token in its document, int32 [rows, seq_len]."""
+        out, ends = np.empty(self.tokens.numel(), np.int32), self.cu_seqlens.tolist()
+        count = np.arange(max(b - a for a, b in zip(ends, ends[1:])), dtype=np.int32)
+        for start, end in zip(ends, ends[1:]):
+            out[start:end] = count[: end - start]
+        return torch.from_numpy(out).view(self.tokens.shape)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of a row: which of which window of which source."""
+
+    source: int
+    window: Window
+    row: int
 
 
 class Loader:
@@ -33,7 +57,7 @@ class Loader:
 
     def __init__(
         self,
-        path: str,
+        path: str | dict[str, float],
         split: str,
         seq_len: int,
         global_batch: int,
@@ -42,26 +66,25 @@ class Loader:
         dp_rank: int = 0,
         dp_size: int = 1,
         long_documents: LongDocuments = LongDocuments.carry,
-        verify: bool = True,
+        verify: bool = False,
+        on_bad_shard: OnBadShard = OnBadShard.stop,
+        read_ahead: int = 0,
+        limits: Limits = Limits(),  # noqa: B008: frozen
     ):
-        """Raises DataError if there is no such data, or nothing in the split."""
-        self.manifest = read_manifest(path)
-        self.split, self.seq_len, self.seed = split, seq_len, seed
+        """`path` is one data set, or several with weights. Raises DataError if there is none, or nothing in the split."""
+        mix = {path: 1.0} if isinstance(path, str) else dict(path)
+        self.sources = [Source(p, split, long_documents, verify, limits) for p in mix]
+        self.manifest = self.sources[0].manifest
+        self.weights = Mixture(list(mix.values()))
+        self.paths, self.split, self.seq_len, self.seed = list(mix), split, seq_len, seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.long_documents, self.verify = long_documents, verify
-        self.entries = self.manifest.splits.get(split, [])
-        self.shards: dict[int, Shard] = {}
-        self.row_starts: dict[int, np.ndarray] = {}
-        if long_documents is LongDocuments.carry:
-            self.rows = [rows(e.tokens, seq_len) for e in self.entries]
-        else:  # where a row starts depends on the documents before it
-            self.rows = [len(self._open(i)[1]) for i in range(len(self.entries))]
-        self.total = sum(self.rows)
-        if not self.total:
-            raise DataError("data", path, f"the split {split} is empty", "prepare more data, or another --val-fraction")
-        self.consumed = 0
-        self._epoch: Optional[_Epoch] = None
+        self.long_documents, self.on_bad_shard, self.read_ahead = long_documents, on_bad_shard, read_ahead
+        self._check_tokenizers()
+        self.damaged: dict[int, DataError] = {}  # rows of the last step that could not be read here
+        self.skipped = 0  # rows without content so far, over all ranks that share their damage
+        self._lock, self._pool = threading.Lock(), None
+        self._begin([], 0)
 
     @property
     def vocab_size(self) -> int:
@@ -70,93 +93,158 @@ class Loader:
 
     @property
     def fingerprint(self) -> str:
-        """Names the data set."""
-        return self.manifest.fingerprint
+        """Names the data sets."""
+        names = [s.manifest.fingerprint for s in self.sources]
+        return names[0] if len(names) == 1 else hashlib.sha256("".join(names).encode()).hexdigest()
+
+    @property
+    def total(self) -> int:
+        """Rows of an epoch of the first source."""
+        return self.order[0].total
+
+    def holding(self, split: str) -> dict[str, float]:
+        """The data sets that have something in a split, with their weights."""
+        weights = self.weights.counts.tolist()
+        return {p: w for p, w, s in zip(self.paths, weights, self.sources) if len(s.manifest.splits.get(split, []))}
 
     def next_step(self) -> list[Batch]:
-        """This rank's micro-batches of the next global batch. Raises DataError for a damaged shard."""
-        mine = self.global_batch // self.dp_size
-        first = self.consumed + self.dp_rank * mine
-        out = [self._batch(k) for k in range(first, first + mine, self.micro_batch)]
+        """This rank's micro-batches of the next global batch.
+
+        Raises DataError for a damaged shard; under `skip` the rows it concerns are in `damaged`, and empty.
+        """
+        first = self.consumed
+        batches, self.damaged = self._ahead.pop(first).result() if first in self._ahead else self._step(first)
         self.consumed += self.global_batch
-        return out
+        for step in range(1, self.read_ahead + 1):
+            self._prefetch(first + step * self.global_batch)
+        self.skipped += len(self.damaged)
+        return batches
+
+    def blank(self, batches: list[Batch], rows: set[int]) -> list[Batch]:
+        """The last step with these rows empty too: they are damaged for another rank that holds them."""
+        first = self.consumed - self.global_batch + self.dp_rank * (self.global_batch // self.dp_size)
+        more = {k for k in rows - set(self.damaged) if first <= k < first + self.global_batch // self.dp_size}
+        self.skipped += len(rows) - len(self.damaged)
+        if not more:
+            return batches
+        with self._lock:
+            return self._read(first, more | set(self.damaged))[0]
 
     def reset(self) -> None:
         """Begin anew."""
-        self.consumed = 0
+        self._begin([], 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next step begins, and in which order of what."""
-        return {**self._identity(), "consumed_rows": self.consumed}
+        place = {"seq_len": self.seq_len, "consumed_rows": self.consumed, "stages": self.stages}
+        return {**self._identity(), **place, "skipped_rows": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another loader was. Raises DataError if that one read other data or in another order."""
+        """Go on where another loader was, with its length of rows or another one.
+
+        Raises DataError if that one read other data, or in another order.
+        """
         for key, value in self._identity().items():
             if state.get(key) != value:
                 why = f"{key} is {value}, the checkpoint was made with {state.get(key)}"
-                raise DataError("data", self.manifest.directory, why, "continue with the same data and options")
-        self.consumed = state["consumed_rows"]
+                raise DataError("data", ", ".join(self.paths), why, "continue with the same data and options")
+        stages, consumed = [list(s) for s in state["stages"]], state["consumed_rows"]
+        if state["seq_len"] != self.seq_len:
+            stages, consumed = [*stages, [state["seq_len"], consumed]], 0
+            if self.long_documents is LongDocuments.cut:
+                why = f"seq_len is {self.seq_len}, the checkpoint was made with {state['seq_len']}"
+                raise DataError("data", ", ".join(self.paths), why, "with long_documents=cut keep the same seq_len")
+        self.skipped = state["skipped_rows"]
+        self._begin(stages, consumed)
 
     def _identity(self) -> dict[str, Any]:
-        order = {"seed": self.seed, "seq_len": self.seq_len, "long_documents": self.long_documents.value}
-        return {"fingerprint": self.fingerprint, "split": self.split, **order}
+        order = {"order": ORDER, "seed": self.seed, "long_documents": self.long_documents.value}
+        return {"fingerprint": self.fingerprint, "weights": self.weights.counts.tolist(), "split": self.split, **order}
 
-    def _batch(self, k: int) -> Batch:
-        """Rows k .. k + micro_batch - 1 of the endless sequence."""
-        made = [self._row(i) for i in range(k, k + self.micro_batch)]
-        starts = np.concatenate([r.starts + i * self.seq_len for i, r in enumerate(made)])
-        tokens, labels = (np.stack([getattr(r, name) for r in made]) for name in ("tokens", "labels"))
-        cu_seqlens = torch.from_numpy(np.append(starts, len(made) * self.seq_len).astype(np.int32))
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), cu_seqlens)
+    def _begin(self, stages: list[list[int]], consumed: int) -> None:
+        """Lay out the order after stages of [seq_len, rows] and take the place after `consumed` rows of the last."""
+        rests: list[Window | None] = [None] * len(self.sources)
+        for seq_len, rows in stages:
+            taken = self.weights.taken(rows)
+            order = [s.rows(seq_len, self.seed, rest) for s, rest in zip(self.sources, rests)]
+            rests = [o.unread(n) for o, n in zip(order, taken)]
+        with self._lock:  # a step that is read ahead ends before the order changes under it
+            self.order: list[Rows] = [s.rows(self.seq_len, self.seed, rest) for s, rest in zip(self.sources, rests)]
+            self.stages, self.consumed = stages, consumed
+            self._ahead: dict[int, Future] = {}
+            self._places: dict[int, Place] = {}
 
-    def _row(self, k: int) -> Row:
-        epoch, place = divmod(k, self.total)
-        if self._epoch is None or self._epoch.number != epoch:
-            self._epoch = _Epoch(epoch, self.seed, self.rows)
-        index, row = self._epoch.find(place)
-        shard, starts = self._open(index)
-        return make_row(shard, int(starts[row]), self.seq_len, self.manifest.tokenizer["end"])
+    def _prefetch(self, first: int) -> None:
+        if first not in self._ahead:
+            self._pool = self._pool or ThreadPoolExecutor(1, "read-ahead")
+            self._ahead[first] = self._pool.submit(self._step, first)
 
-    def _open(self, index: int) -> tuple[Shard, np.ndarray]:
-        if index not in self.shards:
-            shard = Shard(self.manifest.directory, self.entries[index], self.manifest.dtype, self.verify)
-            self.shards[index] = shard
-            self.row_starts[index] = row_starts(shard, self.seq_len, self.long_documents)
-        return self.shards[index], self.row_starts[index]
+    def _step(self, first: int) -> tuple[list[Batch], dict[int, DataError]]:
+        with self._lock:
+            mine = self.global_batch // self.dp_size
+            return self._read(first + self.dp_rank * mine, set())
 
+    def _read(self, first: int, empty: set[int]) -> tuple[list[Batch], dict[int, DataError]]:
+        damaged: dict[int, DataError] = {}
+        rows = range(first, first + self.global_batch // self.dp_size)
+        out = [self._batch(rows[i : i + self.micro_batch], empty, damaged) for i in range(0, len(rows), self.micro_batch)]
+        return out, damaged
 
-class _Epoch:
-    """The order of one pass over the rows of all shards."""
+    def _batch(self, rows: range, empty: set[int], damaged: dict[int, DataError]) -> Batch:
+        """These rows of the endless sequence, with those in `empty` and the damaged ones without content."""
+        tokens, labels = (np.empty((len(rows), self.seq_len), np.int32) for _ in range(2))
+        starts: list[int] = []
+        padding, end = 0, self.manifest.tokenizer["end"]
+        for i, k in enumerate(rows):
+            pieces = []
+            try:
+                if k not in empty:
+                    place = self._place(k)
+                    pieces = self.sources[place.source].pieces(place.window, place.row, self.seq_len)
+                found = fill(tokens[i], labels[i], pieces, end)
+            except DataError as e:
+                if self.on_bad_shard is OnBadShard.stop:
+                    raise
+                damaged[k], pieces = e, []
+                found = fill(tokens[i], labels[i], pieces, end)
+            padding += self.seq_len - sum(stop - start for _, start, stop in pieces)
+            starts += found if i == 0 else [s + i * self.seq_len for s in found]
+        starts.append(tokens.size)
+        cu_seqlens = torch.tensor(starts, dtype=torch.int32)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), cu_seqlens, padding)
 
-    def __init__(self, number: int, seed: int, rows: list[int]):
-        self.number, self.key = number, f"{seed}/{number}"
-        self.order = [permute(i, len(rows), self.key) for i in range(len(rows))]
-        self.ends = np.cumsum([rows[i] for i in self.order])  # of the permuted shards, in rows
+    def _place(self, k: int) -> Place:
+        if k not in self._places:
+            self._plan(k)
+        return self._places[k]
 
-    def find(self, place: int) -> tuple[int, int]:
-        """The (shard, row) at a place of the epoch."""
-        window = int(np.searchsorted(self.ends, place, "right")) // WINDOW
-        first, last = window * WINDOW, min((window + 1) * WINDOW, len(self.order))
-        begin, end = self._begin(first), self._begin(last)
-        place = begin + permute(place - begin, end - begin, f"{self.key}/{window}")
-        shard = int(np.searchsorted(self.ends, place, "right"))
-        return self.order[shard], place - self._begin(shard)
+    def _plan(self, k: int) -> None:
+        """The places of row k and of this rank's next ones."""
+        mine = self.global_batch // self.dp_size
+        within = (k - self.dp_rank * mine) % self.global_batch % mine
+        steps = np.arange(-(-PLAN // mine))[:, None] * self.global_batch
+        slots = (k - within + steps + np.arange(mine)).ravel()
+        owner, index = self.weights.locate(slots)
+        self._places = {}
+        for source, order in enumerate(self.order):
+            chosen = np.flatnonzero(owner == source)
+            if len(chosen):
+                self._plan_source(source, order, slots[chosen].tolist(), index[chosen])
 
-    def _begin(self, shard: int) -> int:
-        return int(self.ends[shard - 1]) if shard else 0
+    def _plan_source(self, source: int, order: Rows, slots: list[int], index: np.ndarray) -> None:
+        epochs, numbers, rows = (x.tolist() for x in order.locate(index))
+        windows: dict[tuple[int, int], Window] = {}
+        for slot, epoch, number, row in zip(slots, epochs, numbers, rows):
+            name = epoch, number
+            if name not in windows:
+                windows[name] = order.window(epoch, number)
+            self._places[slot] = Place(source, windows[name], row)
+        coming = order.window(*order.next_window(int(index[-1])))
+        self.sources[source].ahead([*windows.values(), coming])
 
-
-def permute(index: int, size: int, key: str) -> int:
-    """Where `index` goes in the permutation of range(size) that `key` names.
-
-    A Feistel network on an even number of bits, walked until it lands inside.
-    """
-    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    while True:
-        left, right = index >> half, index & ((1 << half) - 1)
-        for turn in range(4):
-            digest = hashlib.blake2b(b"%d %d" % (turn, right), digest_size=8, key=key.encode()).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "big") & ((1 << half) - 1))
-        index = left << half | right
-        if index < size:
-            return index
+    def _check_tokenizers(self) -> None:
+        first = self.manifest.tokenizer
+        for path, source in zip(self.paths, self.sources):
+            if source.manifest.tokenizer["fingerprint"] != first["fingerprint"]:
+                why = f"has another tokenizer ({source.manifest.tokenizer['name']}) than {self.paths[0]}"
+                raise DataError("data", path, why, "prepare both with the same")

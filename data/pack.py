@@ -1,52 +1,44 @@
-"""Rows of a fixed length from the token stream of a shard: a function of the shard and the length alone."""
-
-from dataclasses import dataclass
+"""Rows of a fixed length from pieces of token streams: what is in a row depends on its pieces alone."""
 
 import numpy as np
 
-from configs.schema import LongDocuments
 from data.shards import Shard
 
 IGNORE = -100  # label of a token after which nothing is predicted
 
 
-@dataclass(frozen=True)
-class Row:
-    """seq_len tokens with their labels; documents start at `starts`, whose first is 0."""
-
-    tokens: np.ndarray  # int64 [s]
-    labels: np.ndarray  # int64 [s]: the next token of the same document, or IGNORE
-    starts: np.ndarray  # int64 [documents]
-
-
-def rows(tokens: int, seq_len: int) -> int:
-    """Rows of a stream in which documents go on in the next row."""
-    return -(-tokens // seq_len)
-
-
-def row_starts(shard: Shard, seq_len: int, long_documents: LongDocuments) -> np.ndarray:
-    """Where each row begins. With `cut` it is at a document: what did not fit into the row before is lost."""
-    if long_documents is LongDocuments.carry:
-        return np.arange(rows(len(shard), seq_len)) * seq_len
-    out, start = [], 0
+def cut_starts(shard: Shard, seq_len: int) -> np.ndarray:
+    """Where rows begin if long documents are cut: at a document each; what did not fit into the row before is lost."""
+    out, start, starts = [], 0, shard.starts
     while start < len(shard):
         out.append(start)
-        after = int(np.searchsorted(shard.starts, start + seq_len))
-        start = int(shard.starts[after]) if after < len(shard.starts) else len(shard)
+        after = int(np.searchsorted(starts, start + seq_len))
+        start = int(starts[after]) if after < len(starts) else len(shard)
     return np.array(out, np.int64)
 
 
-def make_row(shard: Shard, start: int, seq_len: int, end_of_text: int) -> Row:
-    """The row that begins at `start`. A short one, at the shard's end, is filled with a document of end-of-text."""
-    stop = min(start + seq_len, len(shard))
-    inside = shard.starts[np.searchsorted(shard.starts, start, "right") : np.searchsorted(shard.starts, stop)] - start
-    tokens = np.full(seq_len, end_of_text, np.int64)
-    labels = np.full(seq_len, IGNORE, np.int64)
-    ahead = shard.read(start, min(stop + 1, len(shard)))
-    tokens[: stop - start] = ahead[: stop - start]
-    labels[: len(ahead) - 1] = ahead[1:]
-    labels[inside - 1] = IGNORE  # the last token of a document that is followed by another in this row
-    if stop in shard.starts[np.searchsorted(shard.starts, stop) :][:1]:  # and so is the row's last
-        labels[stop - start - 1] = IGNORE
-    padding = [stop - start] if stop - start < seq_len else []
-    return Row(tokens, labels, np.concatenate(([0], inside, padding)).astype(np.int64))
+def fill(tokens: np.ndarray, labels: np.ndarray, pieces: list[tuple[Shard, int, int]], end_of_text: int) -> list[int]:
+    """Write pieces (shard, begin, end) one after the other into a row; returns where documents start in it.
+
+    tokens, labels [s] int32: a label is the next token of the same document, or IGNORE. Each piece starts a document in
+    the row, and what they leave empty is one of end-of-text. Raises DataError for a damaged sample.
+    """
+    place, out = 0, []
+    for shard, begin, end in pieces:
+        count = end - begin
+        data = shard.tokens(begin, min(end + 1, len(shard)))
+        tokens[place : place + count] = data[:count]
+        labels[place : place + len(data) - 1] = data[1:]
+        if len(data) == count:  # the shard ends here
+            labels[place + count - 1] = IGNORE
+        starts = shard.starts_within(begin, end) + (place - begin)
+        labels[starts - 1] = IGNORE  # of the last token of a document
+        out.append(place)
+        out += starts.tolist()
+        place += count
+        if len(starts) and starts[-1] == place:  # begins after this piece
+            out.pop()
+    if place < len(tokens):
+        tokens[place:], labels[place:] = end_of_text, IGNORE
+        out.append(place)
+    return out

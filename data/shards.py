@@ -8,9 +8,11 @@ tar is per member, so blocks are large. `manifest.json` lists each split's shard
 import hashlib
 import json
 import os
-import tarfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ import numpy as np
 import webdataset
 
 from configs.errors import DataError
+from data import index
+from data.index import PAGE, Index
 
 VERSION = 1
 BLOCK = 256 * 1024  # tokens after which a block ends with its document
+MANY = 1000  # shards from which on a manifest lists them in columns
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,17 @@ class ShardEntry:
     tokens: int
 
 
+COLUMNS = [f.name for f in fields(ShardEntry)]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A prepared data set."""
 
-    directory: Path
+    directory: Path | str  # an address, of data on a server
     tokenizer: dict[str, Any]  # name, fingerprint, vocab_size, end (of text), ranks (file beside the manifest, or null)
     dtype: str
-    splits: dict[str, list[ShardEntry]]
+    splits: dict[str, Sequence[ShardEntry]]
     made_with: dict[str, Any]
     fingerprint: str
 
@@ -62,8 +70,10 @@ def write_shard(path: Path, documents: Iterable[np.ndarray], dtype: str) -> Shar
         writer.close()
         f.flush()
         os.fsync(f.fileno())
+    made = index.build(temporary)
+    index.write(made, path)
     os.rename(temporary, path)
-    return ShardEntry(path.name, path.stat().st_size, sha256(path), samples, count, tokens)
+    return ShardEntry(path.name, path.stat().st_size, made.sha256, samples, count, tokens)
 
 
 def _blocks(documents: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
@@ -90,13 +100,47 @@ def write_manifest(
     directory: Path,
     tokenizer: dict[str, Any],
     dtype: str,
-    splits: dict[str, list[ShardEntry]],
+    splits: dict[str, Sequence[ShardEntry]],
     made_with: dict[str, Any],
 ) -> None:
-    """Write `directory/manifest.json`."""
-    listed = {name: [asdict(s) for s in shards] for name, shards in splits.items()}
+    """Write `directory/manifest.json`: a split's shards one by one, or in columns where they are many."""
+    listed: dict[str, Any] = {}
+    for name, shards in splits.items():
+        rows = [asdict(s) for s in shards]
+        listed[name] = rows if len(rows) <= MANY else {c: [r[c] for r in rows] for c in COLUMNS}
     content = {"version": VERSION, "tokenizer": tokenizer, "dtype": dtype, "splits": listed, "made_with": made_with}
-    (directory / "manifest.json").write_text(json.dumps(content, indent=1) + "\n")
+    (directory / "manifest.json").write_text(json.dumps(content, indent=None if _many(splits) else 1) + "\n")
+
+
+def _many(splits: dict[str, Sequence[ShardEntry]]) -> bool:
+    return any(len(shards) > MANY for shards in splits.values())
+
+
+class Entries(Sequence):
+    """The shards of a split, kept in columns: an object each would take a second to make for 100,000."""
+
+    def __init__(self, listed: list[dict[str, Any]] | dict[str, list[Any]]):
+        """Raises KeyError, TypeError, ValueError for what is no list of shards."""
+        columns = listed if isinstance(listed, dict) else {c: [s[c] for s in listed] for c in COLUMNS}
+        self.columns: dict[str, list[Any]] = {c: columns[c] for c in COLUMNS}
+        if len({len(column) for column in self.columns.values()}) != 1:
+            raise ValueError("columns of different lengths")
+        for name in COLUMNS[1:]:
+            kind = str if name == "sha256" else int
+            if not set(map(type, self.columns[name])) <= {kind}:
+                raise TypeError(f"{name} of a shard is no {kind.__name__}")
+        self.tokens = np.array(self.columns["tokens"], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.columns["path"])
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        return ShardEntry(**{c: column[i] for c, column in self.columns.items()})
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -104,82 +148,182 @@ def read_manifest(path: str | Path) -> Manifest:
     directory = Path(path)
     where = directory / "manifest.json"
     try:
-        content = json.loads(where.read_text())
+        raw = where.read_bytes()
+    except FileNotFoundError as e:
+        raise no_manifest(directory) from e
+    except OSError as e:
+        raise DataError("manifest", where, f"not readable ({type(e).__name__} {e})", "prepare the data again") from e
+    return parse_manifest(raw, directory)
+
+
+def no_manifest(where: Path | str) -> DataError:
+    """There is no such data."""
+    return DataError("data", where, "no manifest.json there", "make it with python -m data.prepare")
+
+
+def parse_manifest(raw: bytes, directory: Path | str) -> Manifest:
+    """A manifest from its text; `directory` (or an address) is where it lies. Raises DataError."""
+    where = f"{directory}/manifest.json"
+    try:
+        content = json.loads(raw)
         if content["version"] != VERSION:
             raise DataError("manifest", where, f"has version {content['version']}", "prepare the data again")
-        splits = {name: [ShardEntry(**s) for s in shards] for name, shards in content["splits"].items()}
+        splits = {name: Entries(shards) for name, shards in content["splits"].items()}
         parts = (content["tokenizer"], content["dtype"], splits, content["made_with"])
-    except FileNotFoundError as e:
-        raise DataError("data", directory, "no manifest.json there", "make it with python -m data.prepare") from e
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        outside = [p for e in splits.values() for p in e.columns["path"] if "/" in p or "\\" in p or p.startswith(".")]
+        odd = [h for e in splits.values() for h in e.columns["sha256"] if len(h) != 64 or not h.isalnum()]
+        np.dtype(content["dtype"])
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise DataError("manifest", where, f"not readable ({type(e).__name__} {e})", "prepare the data again") from e
-    for shard in (s for shards in splits.values() for s in shards):
-        if Path(shard.path).name != shard.path:
-            raise DataError("manifest", where, f"names a path outside: {shard.path}", "prepare the data again")
-    truth = json.dumps([content["tokenizer"], content["dtype"], content["splits"]], sort_keys=True)
-    return Manifest(directory, *parts, hashlib.sha256(truth.encode()).hexdigest())
+    if outside or odd:
+        why = f"names a path outside: {outside[0]}" if outside else f"has a hash that is none: {odd[0][:80]}"
+        raise DataError("manifest", where, why, "prepare the data again")
+    return Manifest(directory, *parts, _fingerprint(content["tokenizer"], content["dtype"], splits))
+
+
+def _fingerprint(tokenizer: dict[str, Any], dtype: str, splits: dict[str, Entries]) -> str:
+    """Stands for the tokens and their order: of the tokenizer, and the names and hashes of all shards."""
+    digest = hashlib.sha256(json.dumps([tokenizer, dtype], sort_keys=True).encode())
+    for name, entries in splits.items():
+        digest.update("\n".join([name, *entries.columns["path"], *entries.columns["sha256"]]).encode())
+    return digest.hexdigest()
 
 
 class Shard:
-    """Random access to the token stream of one shard: its blocks one after the other."""
+    """Random access to the token stream of one shard: its blocks one after the other.
 
-    def __init__(self, directory: Path, entry: ShardEntry, dtype: str, verify: bool):
-        self.path, self.entry = directory / entry.path, entry
-        self._check_file(verify)
-        kind = np.dtype(dtype).newbyteorder("<")
-        data = np.memmap(self.path, mode="r", dtype=np.uint8)
-        self.blocks, starts, place = [], [], 0
-        for sample, (tok, doc) in enumerate(self._members()):
-            block = data[tok.offset_data : tok.offset_data + tok.size].view(kind)
-            begins = data[doc.offset_data : doc.offset_data + doc.size].view("<u4").astype(np.int64)
-            if not len(begins) or begins[0] != 0 or (np.diff(begins) <= 0).any() or begins[-1] >= len(block):
-                raise self._damaged(f"sample {sample} has wrong document starts")
-            self.blocks.append(block)
-            starts.append(begins + place)
-            place += len(block)
-        self.offsets = np.cumsum([0] + [len(b) for b in self.blocks])  # of each block in the stream, and the end
-        self.starts = np.concatenate(starts) if starts else np.zeros(0, np.int64)  # of each document in the stream
-        found = (len(self.blocks), len(self.starts), place)
-        if found != (entry.samples, entry.documents, entry.tokens):
-            listed = (entry.samples, entry.documents, entry.tokens)
+    It is read by position and never mapped, so that its pages are not this process's memory and a file cut short under
+    it is an error rather than a signal. Each page is compared with its checksum when it is first needed.
+    """
+
+    def __init__(
+        self, directory: Path | str, entry: ShardEntry, dtype: str, verify: bool = False,
+        file: str | None = None, name: str | None = None,
+    ):  # fmt: skip
+        """`verify` compares the hash of the whole file first. A copy of a remote shard has another file name, and
+        messages call it by `name`. Raises DataError.
+        """
+        self.path, self.entry = Path(directory, file or entry.path), entry
+        self.name = name or str(self.path)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self._check_size()
+        self.index = self._index(verify)
+        self.offsets = np.concatenate(([0], np.cumsum(self.index.blocks[:, 1]))) // self.dtype.itemsize
+        found = len(self.index.blocks), int(self.index.blocks[:, 3].sum()) // 4, int(self.offsets[-1])
+        listed = (entry.samples, entry.documents, entry.tokens)
+        if found != listed:
             raise self._damaged(f"has {found} samples, documents and tokens where the manifest says {listed}")
+        self._begins, self._table = self.offsets.tolist(), self.index.blocks.tolist()
+        self._good = bytearray(len(self.index.checksums))  # pages that were compared
+        self._starts: dict[int, np.ndarray] = {}
+        self._file = os.open(self.path, os.O_RDONLY)
+
+    def __del__(self):
+        if hasattr(self, "_file"):
+            os.close(self._file)
 
     def __len__(self) -> int:
-        return int(self.offsets[-1])
+        return self._begins[-1]
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where each document starts in the stream, int64."""
+        parts = [self._block_starts(i) for i in range(len(self._table))]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def read(self, start: int, end: int) -> np.ndarray:
         """Tokens [start, end) of the stream, int64."""
-        out, block = np.empty(end - start, np.int64), int(np.searchsorted(self.offsets, start, "right")) - 1
-        done = start
-        while done < end:
-            stop = min(end, int(self.offsets[block + 1]))
-            base = int(self.offsets[block])
-            out[done - start : stop - start] = self.blocks[block][done - base : stop - base]
-            done, block = stop, block + 1
-        return out
+        return self.tokens(start, end).astype(np.int64)
 
-    def _check_file(self, verify: bool) -> None:
+    def tokens(self, start: int, end: int) -> np.ndarray:
+        """Tokens [start, end) of the stream in the shard's own dtype. Raises DataError for a damaged sample."""
+        parts, width = [], self.dtype.itemsize
+        for block, begin, stop in self._spans(start, end):
+            place = self._table[block][0] + (begin - self._begins[block]) * width
+            parts.append(np.frombuffer(self._bytes(place, (stop - begin) * width), self.dtype))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0, self.dtype)])
+
+    def starts_within(self, start: int, end: int) -> np.ndarray:
+        """Where documents start in the stream, those with start < place <= end. Raises DataError."""
+        parts = []
+        for block, _, _ in self._spans(start + 1, min(end + 1, len(self))):
+            starts = self._block_starts(block)
+            parts.append(starts[starts.searchsorted(start, "right") : starts.searchsorted(end, "right")])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0, np.int64)])
+
+    def _spans(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(block, begin, stop) of the parts of [start, end) by block."""
+        block = bisect_right(self._begins, start) - 1
+        while start < end:
+            stop = min(end, self._begins[block + 1])
+            if start < stop:
+                yield block, start, stop
+            start, block = stop, block + 1
+
+    def _block_starts(self, block: int) -> np.ndarray:
+        if block not in self._starts:
+            _, _, place, size = self._table[block]
+            begins = np.frombuffer(self._bytes(place, size), "<u4").astype(np.int64)
+            tokens = self._begins[block + 1] - self._begins[block]
+            if not len(begins) or begins[0] != 0 or (np.diff(begins) <= 0).any() or begins[-1] >= tokens:
+                raise self._damaged(f"sample {block} has wrong document starts")
+            self._starts[block] = begins + self._begins[block]
+        return self._starts[block]
+
+    def _bytes(self, place: int, size: int) -> memoryview | bytes:
+        """Bytes of the file; the pages among them that are new are compared with their checksums."""
+        first, last = place // PAGE, (place + size - 1) // PAGE + 1
+        if self._good.find(0, first, last) < 0:
+            return self._pread(place, size)
+        data = memoryview(self._pread(first * PAGE, min(last * PAGE, self.entry.bytes) - first * PAGE))
+        for page in range(first, last):
+            at = (page - first) * PAGE
+            if not self._good[page] and zlib.crc32(data[at : at + PAGE]) != self.index.checksums[page]:
+                raise self._damaged(f"sample {self._sample(page)} does not match its checksum{self._html()}")
+            self._good[page] = 1
+        return data[place - first * PAGE :][:size]
+
+    def _pread(self, place: int, size: int) -> bytes:
+        try:
+            data = os.pread(self._file, size, place)
+        except OSError as e:
+            raise self._damaged(f"cannot be read at byte {place} ({e.strerror})") from e
+        if len(data) != size:
+            raise self._damaged(f"ends at byte {place + len(data)}, before sample {self._sample(place // PAGE)} does")
+        return data
+
+    def _sample(self, page: int) -> int:
+        """The first sample that a page holds something of (its header, or those after it)."""
+        ends = self.index.blocks[:, [0, 2]].max(axis=1) + self.index.blocks[:, [1, 3]].max(axis=1)
+        return min(int(np.searchsorted(ends, page * PAGE, "right")), len(ends) - 1)
+
+    def _check_size(self) -> None:
         try:
             size = self.path.stat().st_size
         except OSError as e:
             raise self._damaged("is missing") from e
         if size != self.entry.bytes:
             raise self._damaged(f"has {size} bytes instead of {self.entry.bytes}")
-        if verify and sha256(self.path) != self.entry.sha256:
-            raise self._damaged("does not match its hash")
 
-    def _members(self) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarInfo]]:
+    def _index(self, verify: bool) -> Index:
+        """The one beside the shard, or one made now, where the hash of the whole is compared."""
+        found = None if verify else index.read(self.path, self.entry.sha256)
+        if found is not None:
+            return found
+        if sha256(self.path) != self.entry.sha256:
+            raise self._damaged(f"does not match its hash{self._html()}")
         try:
-            with tarfile.open(self.path, "r:") as tar:
-                members = {m.name: m for m in tar.getmembers() if m.isreg()}
-        except tarfile.TarError as e:
-            raise self._damaged(f"is no tar file ({e})") from e
-        keys = sorted({name.split(".", 1)[0] for name in members})
-        for key in keys:
-            pair = members.get(f"{key}.tok.bin"), members.get(f"{key}.doc.bin")
-            if None in pair:
-                raise self._damaged(f"sample {key} lacks its tok.bin or doc.bin")
-            yield pair
+            made = index.build(self.path)
+        except index.IndexFault as e:
+            raise self._damaged(str(e)) from e
+        with suppress(OSError):  # of a directory that is read only: it is made again each time
+            index.write(made, self.path)
+        return made
+
+    def _html(self) -> str:
+        """What a server that fails puts in place of a file is worth a word."""
+        with open(self.path, "rb") as f:
+            return " (it is HTML)" if f.read(64).lstrip().lower().startswith((b"<!doctype", b"<html")) else ""
 
     def _damaged(self, why: str) -> DataError:
-        return DataError("shard", self.path, why, "restore it, or prepare the data again")
+        return DataError("shard", self.name, why, "restore it, or prepare the data again")

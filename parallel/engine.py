@@ -23,8 +23,8 @@ from parallel.transformer import Transformer
 class Batch(Protocol):
     """Rows on the host, as the loader gives them."""
 
-    tokens: Tensor  # int64 [rows, seq_len]
-    labels: Tensor  # int64 [rows, seq_len], IGNORE where nothing is predicted
+    tokens: Tensor  # int32 [rows, seq_len]
+    labels: Tensor  # int32 [rows, seq_len], IGNORE where nothing is predicted
     cu_seqlens: Tensor  # [documents + 1], over the flattened rows
 
 
@@ -39,9 +39,8 @@ class MicroBatch:
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> "MicroBatch":
         """Copy to the device."""
-        return cls(
-            batch.tokens.flatten().to(device), batch.labels.flatten().to(device), Documents.of(batch.cu_seqlens, device)
-        )
+        tokens, labels = (x.flatten().to(device).long() for x in (batch.tokens, batch.labels))
+        return cls(tokens, labels, Documents.of(batch.cu_seqlens, device))
 
 
 class Engine:

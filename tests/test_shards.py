@@ -82,10 +82,10 @@ def test_html_instead_of_a_shard(data):
     path = first(data)
     size = path.stat().st_size
     path.write_bytes(b"<html>503 Service Unavailable</html>".ljust(size))
-    fails(data, str(path), "hash")
+    fails(data, str(path), "hash (it is HTML)")
     manifest = read_manifest(data)
-    with pytest.raises(DataError, match="is no tar file"):
-        Shard(data, manifest.splits["train"][0], manifest.dtype, verify=False)
+    with pytest.raises(DataError, match=r"sample 0 does not match its checksum \(it is HTML\)"):
+        Shard(data, manifest.splits["train"][0], manifest.dtype).read(0, 1)
 
 
 def test_counts_that_differ_from_the_manifest(data):
