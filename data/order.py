@@ -165,7 +165,7 @@ class Rows:
     def unread(self, index: int) -> Window:
         """What is left of the window of position `index`, of its rows before which all were read; they join again."""
         epoch, window, _ = (int(x[0]) for x in self.locate(np.array([index])))
-        first = index if window < 0 else self._first(index)
+        first = 0 if window < 0 else self._first(index)
         count = self._rest_rows if window < 0 else int(self.rows[window])
         places = np.arange(index - first, count)
         key = self._window_key(np.full(len(places), epoch), np.full(len(places), window))

@@ -1,13 +1,19 @@
 """The order of rows: one sequence for any number of ranks, each row once an epoch, continued where it was left."""
 
 import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from configs.errors import DataError
-from configs.schema import LongDocuments
-from data.loader import Batch, Loader, permute
+from configs.schema import LongDocuments, OnBadShard
+from data.loader import Batch, Loader
+from data.shards import ShardEntry, read_manifest, write_manifest, write_shard
 
 S = 64
 
@@ -17,7 +23,7 @@ def loader(corpus, rank=0, size=1, **changes) -> Loader:
     return Loader(corpus, **{**options, **changes})
 
 
-def rows(batches: list[Batch]) -> list[list[int]]:
+def rows(batches: Iterable[Batch]) -> list[list[int]]:
     return [row for b in batches for row in torch.cat((b.tokens, b.labels), dim=1).tolist()]
 
 
@@ -56,8 +62,6 @@ def test_each_row_once_an_epoch_in_another_order_each_time(corpus, how):
     epochs = [[tuple(rows(made.next_step())[0]) for _ in range(made.total)] for _ in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1])
     assert epochs[0] != epochs[1]
-    places = {(i, j) for k in range(made.total) for i, j in [made._epoch.find(k)]}
-    assert len(places) == made.total
     assert sorted(epochs[0]) != epochs[0]
 
 
@@ -80,7 +84,7 @@ def test_a_far_position_takes_no_longer(corpus):
 
 @pytest.mark.parametrize(
     ("changes", "word"),
-    [({"seed": 4}, "seed"), ({"seq_len": 32}, "seq_len"), ({"long_documents": LongDocuments.cut}, "long_documents")],
+    [({"seed": 4}, "seed"), ({"long_documents": LongDocuments.cut}, "long_documents"), ({"split": "val"}, "split")],
     ids=str,
 )
 def test_another_order_is_refused(corpus, changes, word):
@@ -130,9 +134,211 @@ def test_an_empty_split(corpus):
         loader(corpus, split="test")
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000])
-def test_permute_is_a_permutation(size):
-    images = [permute(i, size, "key") for i in range(size)]
-    assert sorted(images) == list(range(size))
-    if size > 6:
-        assert images != [permute(i, size, "other") for i in range(size)]
+END = 0
+
+
+def ids(made: list[Batch]) -> list[int]:
+    """The tokens that are ids: every one of `numbered` but the ends of documents."""
+    return [t for b in made for t in b.tokens.flatten().tolist() if t != END]
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory) -> list[str]:
+    """Two data sets in which each token is another number; their documents are short, and some longer than rows."""
+    paths, number = [], 1
+    for name, shards in (("a", 19), ("b", 9)):
+        folder, rng, entries = tmp_path_factory.mktemp("numbered") / name, np.random.default_rng(len(name)), []
+        folder.mkdir()
+        for i in range(shards):
+            documents = []
+            for n in rng.integers(1, 150, rng.integers(2, 12)).tolist():
+                documents.append(np.append(np.arange(number, number + n), END))
+                number += n
+            entries.append(write_shard(folder / f"train-{i:06d}.tar", documents, "uint32"))
+        tokenizer = {"name": "n", "fingerprint": "n", "vocab_size": number, "end": END, "ranks": None}
+        write_manifest(folder, tokenizer, "uint32", {"train": entries}, {})
+        paths.append(str(folder))
+    return paths
+
+
+def everything(path: str) -> Counter:
+    made = loader(path, global_batch=1)
+    return Counter(ids([b for _ in range(made.total) for b in made.next_step()]))
+
+
+def test_an_epoch_has_every_token_once_through_kills_and_other_sizes(numbered):
+    """Stops anywhere, goes on with another number of ranks, throws away what was read ahead."""
+    made, seen, sizes, state = loader(numbered[0]), [], [1, 4, 2, 8, 1, 2], None
+    epoch, steps = made.total, 0
+    while steps * 8 < epoch:
+        size = sizes[steps % len(sizes)]
+        ranks = [loader(numbered[0], r, size, read_ahead=r % 3) for r in range(size)]
+        for r in ranks if state else []:
+            r.load_state_dict(state)
+        for _ in range(steps % 4 + 1):
+            seen += [row for r in ranks for b in r.next_step() for row in b.tokens.tolist()]
+            steps += 1
+        (state,) = {str(r.state_dict()): r.state_dict() for r in ranks}.values()
+    counts = Counter(t for row in seen[:epoch] for t in row if t != END)
+    assert counts == everything(numbered[0])
+    assert set(counts.values()) == {1}
+    assert counts == Counter(range(1, len(counts) + 1))
+
+
+@pytest.mark.parametrize("read_ahead", [1, 4])
+def test_reading_ahead_changes_nothing(numbered, read_ahead):
+    plain, ahead = loader(numbered[0]), loader(numbered[0], read_ahead=read_ahead)
+    for step in range(40):
+        if step == 20:
+            for made in (plain, ahead):
+                made.reset()
+        assert rows(plain.next_step()) == rows(ahead.next_step())
+        assert plain.state_dict() == ahead.state_dict()
+
+
+def test_a_mixture_has_its_weights_and_each_source_its_epochs(numbered):
+    mix = dict(zip(numbered, (0.7, 0.3)))
+    of_a = set(everything(numbered[0]))
+    made, seen = loader(mix, global_batch=10, micro_batch=10), Counter()
+    for step in range(1, 30):
+        tokens = made.next_step()[0].tokens.tolist()
+        from_a = sum(any(t in of_a for t in row) for row in tokens)
+        assert from_a == 7, step
+        seen.update(t for row in tokens for t in row if t != END)
+    alone = loader(numbered[0], global_batch=1)
+    first = Counter(ids([b for _ in range(29 * 7) for b in alone.next_step()]))
+    assert Counter({t: n for t, n in seen.items() if t in of_a}) == first, "each source goes through its own order"
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_mixture_continues_on_other_ranks(numbered, size):
+    mix = dict(zip(numbered, (0.55, 0.45)))
+    whole = loader(mix)
+    for _ in range(13):
+        whole.next_step()
+    ranks = [loader(mix, r, size) for r in range(size)]
+    for r in ranks:
+        r.load_state_dict(whole.state_dict())
+    assert rows(b for r in ranks for b in r.next_step()) == rows(whole.next_step())
+    with pytest.raises(DataError, match="weights"):
+        loader(dict(zip(numbered, (0.5, 0.5)))).load_state_dict(whole.state_dict())
+
+
+def test_data_sets_of_two_tokenizers_do_not_mix(numbered, corpus):
+    with pytest.raises(DataError, match="another tokenizer"):
+        loader({numbered[0]: 1, corpus: 1})
+
+
+@pytest.mark.parametrize("lengths", [(32, 128), (128, 32), (32, 96, 64)], ids=str)
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_a_stage_of_another_length_reads_the_rest_of_the_epoch(numbered, lengths, steps):
+    """Every token once although the length changes, and changes again; a resume inside a stage is the same stage."""
+    seen, state = [], None
+    for length in lengths[:-1]:
+        made = loader(numbered[0], seq_len=length)
+        if state:
+            made.load_state_dict(state)
+        seen += ids([b for _ in range(steps) for b in made.next_step()])
+        state = made.state_dict()
+    last = loader(numbered[0], seq_len=lengths[-1], global_batch=1)
+    last.load_state_dict(state)
+    total = sum(everything(numbered[0]).values())
+    while len(seen) < total:
+        seen += ids(last.next_step())
+        again = loader(numbered[0], seq_len=lengths[-1], global_batch=1)
+        again.load_state_dict(last.state_dict())
+    assert Counter(seen) == everything(numbered[0])
+    assert rows(again.next_step()) == rows(last.next_step())
+    assert len(str(last.state_dict())) < 400
+
+
+def test_cut_documents_keep_their_length(corpus):
+    made = loader(corpus, long_documents=LongDocuments.cut)
+    with pytest.raises(DataError, match="keep the same seq_len"):
+        loader(corpus, seq_len=32, long_documents=LongDocuments.cut).load_state_dict(made.state_dict())
+
+
+def test_padding_is_less_than_a_hundredth(corpus):
+    made, padding = loader(corpus, global_batch=1), 0
+    for _ in range(made.total):
+        padding += sum(b.padding for b in made.next_step())
+    assert padding == made.total * S - sum(e.tokens for e in made.manifest.splits["train"])
+    assert padding < 0.01 * made.total * S
+
+
+def test_positions(corpus):
+    for b in loader(corpus, micro_batch=4).next_step():
+        starts = set(b.cu_seqlens.tolist())
+        expected, place = [], 0
+        for i in range(b.tokens.numel()):
+            place = 0 if i in starts else place + 1
+            expected.append(place)
+        assert b.positions.flatten().tolist() == expected
+
+
+def test_a_hundred_thousand_shards_start_and_continue_at_once(tmp_path):
+    names = [f"train-{i:06d}.tar" for i in range(100_000)]
+    shards = [ShardEntry(n, 1, "0" * 64, 1, 1, 32_000_000 + i) for i, n in enumerate(names)]
+    tokenizer = {"name": "n", "fingerprint": "n", "vocab_size": 9, "end": END, "ranks": None}
+    write_manifest(tmp_path, tokenizer, "uint16", {"train": shards}, {})
+    times = {"start": time.process_time()}
+    made = loader(str(tmp_path), seq_len=4096, global_batch=64)
+    times["start"] = time.process_time() - times["start"]
+    for step in (1, 10**6, 10**9):
+        begin = time.process_time()
+        made.load_state_dict({**made.state_dict(), "consumed_rows": step * 64})
+        made._place(step * 64)
+        times[step] = time.process_time() - begin
+    assert times.pop("start") < 0.5
+    assert max(times.values()) < 0.1, times
+
+
+def damage(numbered: list[str], tmp_path: Path, at: float) -> str:
+    """A copy of the first data set with a bit flipped in its largest shard."""
+    data = Path(shutil.copytree(numbered[0], tmp_path / "damaged"))
+    path = data / max(read_manifest(data).splits["train"], key=lambda e: e.tokens).path
+    raw = bytearray(path.read_bytes())
+    raw[int(len(raw) * at)] ^= 1
+    path.write_bytes(raw)
+    return str(data)
+
+
+def test_damage_stops_with_shard_and_sample(numbered, tmp_path):
+    made = loader(damage(numbered, tmp_path, 0.3), global_batch=1)
+    with pytest.raises(DataError, match=r"shard .*train-0000\d\d.tar: sample 0 does not match its checksum"):
+        for _ in range(made.total):
+            made.next_step()
+
+
+def test_skipped_rows_are_empty_counted_and_the_rest_is_unchanged(numbered, tmp_path):
+    whole = loader(numbered[0])
+    path = damage(numbered, tmp_path, 0.3)
+    ranks = [loader(path, r, 2, on_bad_shard=OnBadShard.skip, read_ahead=1) for r in range(2)]
+    empty = 0
+    for _ in range(whole.total // 8):
+        expected = rows(whole.next_step())
+        got = rows([b for r in ranks for b in r.next_step()])
+        first = whole.consumed - 8
+        bad = {k - first for r in ranks for k in r.damaged}
+        for i, (a, b) in enumerate(zip(expected, got)):
+            assert b == ([END] * S + [-100] * S if i in bad else a)
+        empty += len(bad)
+    assert empty == sum(r.skipped for r in ranks) > 0
+
+
+def test_rows_that_another_rank_could_not_read_are_emptied_here(numbered):
+    made, plain = loader(numbered[0], 1, 2, micro_batch=2), loader(numbered[0], 1, 2, micro_batch=2)
+    made.next_step(), plain.next_step()
+    batches, expected = made.next_step(), rows(plain.next_step())
+    got = rows(made.blank(batches, {9, 13}))
+    assert got == [[END] * S + [-100] * S if 12 + i == 13 else row for i, row in enumerate(expected)]
+    assert made.skipped == 2, "all ranks count alike"
+    assert rows(made.next_step()) == rows(plain.next_step())
+
+
+def test_few_shards_stay_open(numbered, monkeypatch):
+    monkeypatch.setattr("data.source.OPEN", 3)
+    few, plain = loader(numbered[0]), loader(numbered[0])
+    for _ in range(40):
+        assert rows(few.next_step()) == rows(plain.next_step())
+        assert len(few.sources[0]._open) <= 3

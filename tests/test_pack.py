@@ -3,72 +3,81 @@
 import numpy as np
 import pytest
 
-from configs.schema import LongDocuments
-from data.pack import IGNORE, make_row, row_starts
+from data.order import Window
+from data.pack import IGNORE, cut_starts, fill
 from data.shards import Shard, write_shard
 
 END = 99
 
 
-def shard(tmp_path, lengths: list[int]) -> tuple[Shard, list[list[int]]]:
+def shard(tmp_path, lengths: list[int], first: int = 100) -> tuple[Shard, list[list[int]]]:
     """A shard of documents whose tokens are all different, each closed by END."""
-    first, documents = 100, []
+    documents = []
     for n in lengths:
         documents.append([*range(first, first + n - 1), END])
         first += n
-    entry = write_shard(tmp_path / "s.tar", [np.array(d) for d in documents], "uint16")
-    return Shard(tmp_path, entry, "uint16", verify=True), documents
+    entry = write_shard(tmp_path / f"s{first}.tar", [np.array(d) for d in documents], "uint16")
+    return Shard(tmp_path, entry, "uint16"), documents
 
 
-def rows_of(made: Shard, seq_len: int, how: LongDocuments) -> list:
-    return [make_row(made, int(s), seq_len, END) for s in row_starts(made, seq_len, how)]
-
-
-def check_row(row, seq_len: int) -> None:
-    assert len(row.tokens) == len(row.labels) == seq_len
-    assert row.starts[0] == 0
-    assert (np.diff(row.starts) > 0).all()
-    assert row.starts[-1] < seq_len
+def row(pieces, seq_len: int) -> tuple[list[int], list[int], list[int]]:
+    tokens, labels = np.full(seq_len, -7, np.int32), np.full(seq_len, -7, np.int32)
+    starts = fill(tokens, labels, pieces, END)
+    assert starts[0] == 0
+    assert starts == sorted(set(starts))
+    assert starts[-1] < seq_len
+    return tokens.tolist(), labels.tolist(), starts
 
 
 @pytest.mark.parametrize("seq_len", [1, 4, 5, 7, 16, 100])
 @pytest.mark.parametrize("lengths", [[5], [1, 1, 1], [16], [17], [3, 12, 1, 9, 40, 2], [8, 8, 8, 8]], ids=str)
-def test_carry_keeps_every_token_once(tmp_path, lengths, seq_len):
-    made, documents = shard(tmp_path, lengths)
+def test_rows_of_a_window_are_its_shards_one_after_the_other(tmp_path, monkeypatch, lengths, seq_len):
+    monkeypatch.setattr("data.shards.BLOCK", 10)
+    made = [shard(tmp_path, lengths), shard(tmp_path, lengths[::-1], first=1000)]
+    documents = [d for _, ds in made for d in ds]
     stream = [t for d in documents for t in d]
     after = [b for d in documents for b in [*d[1:], IGNORE]]  # the next token of the same document
-    starts = np.cumsum([0, *lengths[:-1]])
-    rows = rows_of(made, seq_len, LongDocuments.carry)
-    for i, row in enumerate(rows):
-        check_row(row, seq_len)
-        part = slice(i * seq_len, (i + 1) * seq_len)
-        padding = seq_len - len(stream[part])
-        assert row.tokens.tolist() == stream[part] + [END] * padding
-        assert row.labels.tolist() == after[part] + [IGNORE] * padding
-        inside = {0} | {int(s) - part.start for s in starts if part.start <= s < min(part.stop, len(stream))}
-        assert set(row.starts.tolist()) == inside | ({seq_len - padding} if padding else set())
-    assert len(rows) == -(-len(stream) // seq_len)
+    starts = set(np.cumsum([0, *map(len, documents)])[:-1].tolist())
+    sizes = [len(s) for s, _ in made]
+    window = Window((0, 0), [0, 1], [0, 0], np.cumsum(sizes).tolist())
+    for i in range(-(-len(stream) // seq_len)):
+        part = range(i * seq_len, (i + 1) * seq_len)
+        pieces = [(made[k][0], b, e) for k, b, e in window.pieces(part.start, part.stop)]
+        tokens, labels, found = row(pieces, seq_len)
+        expected = stream[part.start : part.stop]
+        padding = seq_len - len(expected)
+        assert tokens == expected + [END] * padding
+        assert labels == after[part.start : part.stop] + [IGNORE] * padding
+        inside = {0} | {s - part.start for s in starts if s in part}
+        assert set(found) == inside | ({seq_len - padding} if padding else set())
 
 
 @pytest.mark.parametrize("seq_len", [4, 7, 16])
 def test_cut_begins_each_row_with_a_document(tmp_path, seq_len):
     made, documents = shard(tmp_path, [3, 12, 1, 9, 40, 2])
-    firsts = [d[0] for d in documents]
-    seen = []
-    for row in rows_of(made, seq_len, LongDocuments.cut):
-        check_row(row, seq_len)
-        assert row.tokens[0] in firsts
-        seen += row.tokens.tolist()
-    assert len(seen) == len(rows_of(made, seq_len, LongDocuments.cut)) * seq_len
+    firsts, seen = [d[0] for d in documents], []
+    for start in cut_starts(made, seq_len).tolist():
+        tokens, _, _ = row([(made, start, min(start + seq_len, len(made)))], seq_len)
+        assert tokens[0] in firsts
+        seen += tokens
     kept = [t for t in seen if t != END]
     assert len(kept) == len(set(kept)), "no token twice"
+    assert len(kept) > 10
+
+
+def test_a_row_without_pieces_is_empty():
+    tokens, labels, starts = row([], 6)
+    assert (tokens, labels, starts) == ([END] * 6, [IGNORE] * 6, [0])
 
 
 def test_blocks_of_a_shard_are_one_stream(tmp_path, monkeypatch):
     monkeypatch.setattr("data.shards.BLOCK", 10)
     made, documents = shard(tmp_path, [4, 7, 30, 1, 1, 9, 5])
-    assert len(made.blocks) > 2
+    assert made.entry.samples > 2
     stream = [t for d in documents for t in d]
+    starts = np.cumsum([0, *map(len, documents)])[:-1]
     for s in range(0, len(stream), 3):
         for e in range(s, len(stream) + 1, 5):
             assert made.read(s, e).tolist() == stream[s:e]
+            assert made.starts_within(s, e).tolist() == [x for x in starts.tolist() if s < x <= e]
+    assert made.starts.tolist() == starts.tolist()
