@@ -274,7 +274,10 @@ _AT_LEAST_ZERO = """
     attention.initial optim.lr optim.min_lr optim.warmup optim.weight_decay
     train.steps train.eval_every checkpoint.every seed data.read_ahead
 """.split()
-_ABOVE_ZERO = "model.rope_theta model.norm_eps model.init_std optim.eps optim.clip wandb.timeout data.cache_gib data.timeout".split()
+_ABOVE_ZERO = """
+    model.rope_theta model.norm_eps model.init_std optim.eps optim.clip
+    wandb.timeout data.cache_gib data.timeout
+""".split()
 
 
 def _get(cfg: Config, key: str) -> Any:

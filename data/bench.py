@@ -1,7 +1,7 @@
 """python -m data.bench: rows per CPU-second beside a raw read of the same bytes and plain webdataset, in one run.
 
-Rows come with labels, positions and cu_seqlens, every page compared with its checksum. Figures are per CPU-second of this
-process (all threads), the best of a few passes, files in the page cache; each subject runs in a process of its own.
+Rows come with labels, positions and cu_seqlens, every page compared with its checksum. Figures are per CPU-second (all
+threads), the best and the median of a few passes, files in the page cache; each subject runs in a process of its own.
 """
 
 import argparse

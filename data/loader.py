@@ -8,6 +8,7 @@ import hashlib
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from data.source import Source
 from data.store import Limits
 
 ORDER = 2  # version of the order: changed with everything that changes which row comes when
+LIMITS = Limits()
 PLAN = 512  # rows whose places are computed at once, about
 
 
@@ -37,8 +39,8 @@ class Batch:
     def positions(self) -> torch.Tensor:
         """Place of each token in its document, int32 [rows, seq_len]."""
         out, ends = np.empty(self.tokens.numel(), np.int32), self.cu_seqlens.tolist()
-        count = np.arange(max(b - a for a, b in zip(ends, ends[1:])), dtype=np.int32)
-        for start, end in zip(ends, ends[1:]):
+        count = np.arange(max(b - a for a, b in pairwise(ends)), dtype=np.int32)
+        for start, end in pairwise(ends):
             out[start:end] = count[: end - start]
         return torch.from_numpy(out).view(self.tokens.shape)
 
@@ -69,9 +71,9 @@ class Loader:
         verify: bool = False,
         on_bad_shard: OnBadShard = OnBadShard.stop,
         read_ahead: int = 0,
-        limits: Limits = Limits(),  # noqa: B008: frozen
+        limits: Limits = LIMITS,
     ):
-        """`path` is one data set, or several with weights. Raises DataError if there is none, or nothing in the split."""
+        """`path` is one data set, or several with weights. Raises DataError if one is missing, or empty in the split."""
         mix = {path: 1.0} if isinstance(path, str) else dict(path)
         self.sources = [Source(p, split, long_documents, verify, limits) for p in mix]
         self.manifest = self.sources[0].manifest
@@ -187,7 +189,9 @@ class Loader:
     def _read(self, first: int, empty: set[int]) -> tuple[list[Batch], dict[int, DataError]]:
         damaged: dict[int, DataError] = {}
         rows = range(first, first + self.global_batch // self.dp_size)
-        out = [self._batch(rows[i : i + self.micro_batch], empty, damaged) for i in range(0, len(rows), self.micro_batch)]
+        out = [
+            self._batch(rows[i : i + self.micro_batch], empty, damaged) for i in range(0, len(rows), self.micro_batch)
+        ]
         return out, damaged
 
     def _batch(self, rows: range, empty: set[int], damaged: dict[int, DataError]) -> Batch:

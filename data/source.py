@@ -1,8 +1,7 @@
-"""One prepared data set as a loader reads it: its rows by position, from shards that are fetched ahead and closed again."""
+"""One prepared data set as a loader reads it: rows by position, from shards that are fetched ahead and closed again."""
 
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ class Source:
         self.split, self.long_documents, self.verify = split, long_documents, verify
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._faults: dict[int, DataError] = {}
+        self._cuts: dict[tuple[int, int], np.ndarray] = {}
         self._fetching: dict[int, Any] = {}
         self._pool: ThreadPoolExecutor | None = None
 
@@ -40,10 +40,13 @@ class Source:
         counts = np.array([len(self.cuts(i, seq_len)) for i in range(len(self.entries))])
         return Rows(counts, 1, key)
 
-    @lru_cache(maxsize=4 * OPEN)  # noqa: B019: a loader's sources live as long as it does
     def cuts(self, index: int, seq_len: int) -> np.ndarray:
         """Where the rows of a shard begin, if long documents are cut."""
-        return cut_starts(self.shard(index), seq_len)
+        if (index, seq_len) not in self._cuts:
+            if len(self._cuts) > 4 * OPEN:
+                self._cuts.clear()
+            self._cuts[index, seq_len] = cut_starts(self.shard(index), seq_len)
+        return self._cuts[index, seq_len]
 
     def pieces(self, window: Window, row: int, seq_len: int) -> list[tuple[Shard, int, int]]:
         """What a row of a window consists of. Raises DataError for a damaged shard."""

@@ -162,7 +162,10 @@ def numbered(tmp_path_factory) -> list[str]:
 
 
 def everything(path: str) -> Counter:
-    made = loader(path, global_batch=1)
+    return everything_of(loader(path, global_batch=1))
+
+
+def everything_of(made: Loader) -> Counter:
     return Counter(ids([b for _ in range(made.total) for b in made.next_step()]))
 
 
@@ -306,8 +309,7 @@ def damage(numbered: list[str], tmp_path: Path, at: float) -> str:
 def test_damage_stops_with_shard_and_sample(numbered, tmp_path):
     made = loader(damage(numbered, tmp_path, 0.3), global_batch=1)
     with pytest.raises(DataError, match=r"shard .*train-0000\d\d.tar: sample 0 does not match its checksum"):
-        for _ in range(made.total):
-            made.next_step()
+        everything_of(made)
 
 
 def test_skipped_rows_are_empty_counted_and_the_rest_is_unchanged(numbered, tmp_path):
