@@ -143,7 +143,7 @@ class Data:
     """Prepared shards (python -m data.prepare) and how rows are made of them."""
 
     path: Optional[str] = None  # a directory, or an http(s):// or s3:// address; or else:
-    mix: dict[str, float] = field(default_factory=dict)  # several of them with weights: "{DIR_A: 0.7, DIR_B: 0.3}"
+    mix: Optional[dict[str, float]] = None  # several of them with weights: "{DIR_A: 0.7, DIR_B: 0.3}"
     seq_len: int = 1024
     long_documents: LongDocuments = LongDocuments.carry
     verify: bool = False  # compare each shard's whole hash when it is opened; pages are always checked at first use
@@ -245,7 +245,7 @@ def scheme(path: str) -> Optional[str]:
 
 def sources(data: Data) -> dict[str, float]:
     """The data sets of a run with their weights."""
-    return dict(data.mix) or {data.path or "": 1.0}
+    return dict(data.mix or {}) or {data.path or "": 1.0}
 
 
 def data_parallel(cfg: Config, world: int) -> int:

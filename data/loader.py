@@ -73,7 +73,7 @@ class Loader:
         read_ahead: int = 0,
         limits: Limits = LIMITS,
     ):
-        """`path` is one data set, or several with weights. Raises DataError if one is missing, or empty in the split."""
+        """`path` is a data set, or several with weights. Raises DataError if one is missing, or empty in the split."""
         mix = {path: 1.0} if isinstance(path, str) else dict(path)
         self.sources = [Source(p, split, long_documents, verify, limits) for p in mix]
         self.manifest = self.sources[0].manifest

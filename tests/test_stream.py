@@ -1,0 +1,113 @@
+"""The data path through train.py: mixtures, stages of another length, damage, and what a checkpoint keeps of it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data.loader import Loader
+from data.shards import read_manifest
+from tests.test_train import errors, lines, train
+
+
+def batches(made: Loader) -> list:
+    return [(b.tokens.tolist(), b.labels.tolist()) for b in made.next_step()]
+
+
+def data_state(run: Path, step: int) -> dict:
+    return json.loads((run / "checkpoints" / f"step-{step:08d}" / "MANIFEST.json").read_text())["state"]["data"]
+
+
+def damaged(corpus: str, tmp_path: Path, split: str) -> str:
+    """A copy with a bit flipped in the middle of the first shard of a split."""
+    data = Path(shutil.copytree(corpus, tmp_path / "damaged"))
+    path = data / read_manifest(data).splits[split][0].path
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    return str(data)
+
+
+@pytest.fixture(scope="module")
+def pair(corpus, tmp_path_factory) -> Path:
+    """Six steps of two data-parallel processes, saved after three."""
+    run = tmp_path_factory.mktemp("pair") / "run"
+    train(corpus, run, "train.steps=6", "checkpoint.every=3", processes=2)
+    return run
+
+
+def test_what_two_processes_saved_continues_on_any_number(corpus, pair):
+    options = dict(split="train", seq_len=128, global_batch=4, micro_batch=1, seed=0)
+    whole = Loader(corpus, **options)
+    for _ in range(3):
+        whole.next_step()
+    assert data_state(pair, 3) == whole.state_dict()
+    for size in (1, 2, 4):
+        ranks = [Loader(corpus, **options, dp_rank=r, dp_size=size) for r in range(size)]
+        for r in ranks:
+            r.load_state_dict(data_state(pair, 3))
+        alone = Loader(corpus, **options)
+        alone.load_state_dict(data_state(pair, 3))
+        for _ in range(3):
+            assert [x for r in ranks for x in batches(r)] == batches(alone)
+
+
+def test_a_mixture_on_two_processes_is_that_of_one(corpus, tmp_path):
+    other = shutil.copytree(corpus, tmp_path / "other")
+    mix = f"data.mix={{{corpus}: 0.75, {other}: 0.25}}"
+    one, two = tmp_path / "one", tmp_path / "two"
+    for run, processes in ((one, 1), (two, 2)):
+        train(corpus, run, "data.path=null", mix, "train.steps=3", processes=processes)
+    assert data_state(two, 3)["weights"] == [3, 1]
+    ours, theirs = ([m["loss"] for m in lines(r).values()] for r in (one, two))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_stage_of_longer_rows(corpus, tmp_path):
+    run = tmp_path / "run"
+    train(corpus, run, "train.steps=2")
+    train(corpus, run, "train.steps=4", "data.seq_len=256")
+    state = data_state(run, 4)
+    assert (state["stages"], state["seq_len"], state["consumed_rows"]) == ([[128, 8]], 256, 8)
+    assert [m["tokens"] for m in lines(run).values()] == [512, 1024, 2048, 3072]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_flipped_bit_ends_two_processes_with_one_line(corpus, tmp_path, split):
+    data = damaged(corpus, tmp_path, split)
+    done = train(data, tmp_path / "run", "train.steps=100", "train.eval_every=2", processes=2, code=65)
+    (line,) = errors(done)
+    assert f"{data}/{split}-000000.tar: sample 0 does not match its checksum" in line
+
+
+def test_rows_that_are_skipped_are_the_same_for_every_layout(corpus, tmp_path):
+    data, losses = damaged(corpus, tmp_path, "train"), []
+    for name, layout, processes in (("one", [], 1), ("dp", [], 2), ("tp", ["parallel.tp=2"], 2)):
+        run = tmp_path / name
+        done = train(data, run, "data.on_bad_shard=skip", "train.steps=6", *layout, processes=processes)
+        last = lines(run)[6]
+        assert last["rows_skipped"] == done.stdout.count("skips row") > 0
+        assert last["padding"] >= 128 * last["rows_skipped"]
+        assert "sample 0 does not match its checksum" in done.stdout
+        losses.append([m["loss"] for m in lines(run).values()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-4)
+
+
+WRONG = [  # overrides, what the line says
+    (["data.mix={a: 0.5}"], ["data.path", "data.mix"]),
+    (["data.path=null"], ["data.path", "no value"]),
+    (["data.path=null", "data.mix={a: 0, b: 1}"], ["data.mix.a"]),
+    (["data.path='pipe:cat x'"], ["pipe: is not allowed"]),
+    (["data.path=ftp://h/x"], ["ftp: is not allowed"]),
+    (["data.on_bad_shard=ignore"], ["on_bad_shard"]),
+    (["data.timeout=0"], ["data.timeout=0"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "says"), WRONG, ids=str)
+def test_options_that_do_not_go_together(corpus, tmp_path, overrides, says):
+    (line,) = errors(train(corpus, tmp_path / "run", *overrides, code=64))
+    for part in says:
+        assert part in line
