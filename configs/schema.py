@@ -143,7 +143,7 @@ class Data:
     """Prepared shards (python -m data.prepare) and how rows are made of them."""
 
     path: Optional[str] = None  # a directory, or an http(s):// or s3:// address; or else:
-    mix: Optional[dict[str, float]] = None  # several of them with weights: "{DIR_A: 0.7, DIR_B: 0.3}"
+    mix: Any = None  # several of them with weights, {DIR_A: 0.7, DIR_B: 0.3}; the colon of an address is written \\:
     seq_len: int = 1024
     long_documents: LongDocuments = LongDocuments.carry
     verify: bool = False  # compare each shard's whole hash when it is opened; pages are always checked at first use
@@ -303,13 +303,22 @@ def _check_ranges(cfg: Config) -> None:
 
 def _check_paths(cfg: Config) -> None:
     data = cfg.data
-    if data.mix:
+    if data.mix is not None:  # omegaconf cannot put a typed dictionary where there was none
+        weights = list(data.mix.values()) if isinstance(data.mix, dict) else []
+        plain = bool(weights) and {type(w) for w in weights} <= {int, float}
+        _require(
+            plain,
+            "data.mix",
+            data.mix,
+            "no weights by data set",
+            r"give {DIR_A: 0.7, DIR_B: 0.3}, and http\://... for an address",
+        )
         _require(data.path is None, "data.path", data.path, "given beside data.mix", "give one of them")
     else:
         _require(data.path is not None, "data.path", data.path, "has no value", "give data.path=DIR, or data.mix")
     for path, weight in sources(data).items():
         _require(0 < weight < math.inf, f"data.mix.{path}", weight, "no weight", "give a number above 0")
-        _check_path(cfg, "data.mix" if data.mix else "data.path", path)
+        _check_path(cfg, "data.mix" if data.mix else "data.path", str(path))
     _check_path(cfg, "run.dir", cfg.run.dir)
     _require(scheme(cfg.run.dir) is None, "run.dir", cfg.run.dir, "not on this machine", "give a directory")
 

@@ -7,9 +7,7 @@ threads), the best and the median of a few passes, files in the page cache; each
 import argparse
 import json
 import multiprocessing
-import os
 import platform
-import resource
 import sys
 import tempfile
 import time
@@ -131,13 +129,13 @@ def start_and_restore(directory: str) -> dict[str, Any]:
     loader.reset()
     for _ in range(400):
         loader.next_step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {**out, "memory": memory(), "imports": imports, "peak": peak}
+    return {**out, "memory": memory(), "imports": imports, "peak": memory("VmHWM")}
 
 
-def memory() -> int:
-    """Resident bytes of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def memory(which: str = "VmRSS") -> int:
+    """Resident bytes of this process, or the most it had (the resource module would count its parent's too)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
 
 
 def alone(work: Callable[..., Any], *args: Any) -> Any:

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from configs.schema import OnBadShard
 from data.loader import Loader
 from data.shards import read_manifest
+from launch.stop import Stop
+from parallel import mesh
+from tests import ranks, tiny
 from tests.test_train import errors, lines, train
+from train import Run, next_batches, open_loader
 
 
 def batches(made: Loader) -> list:
@@ -44,13 +49,13 @@ def test_what_two_processes_saved_continues_on_any_number(corpus, pair):
         whole.next_step()
     assert data_state(pair, 3) == whole.state_dict()
     for size in (1, 2, 4):
-        ranks = [Loader(corpus, **options, dp_rank=r, dp_size=size) for r in range(size)]
-        for r in ranks:
+        parts = [Loader(corpus, **options, dp_rank=r, dp_size=size) for r in range(size)]
+        for r in parts:
             r.load_state_dict(data_state(pair, 3))
         alone = Loader(corpus, **options)
         alone.load_state_dict(data_state(pair, 3))
         for _ in range(3):
-            assert [x for r in ranks for x in batches(r)] == batches(alone)
+            assert [x for r in parts for x in batches(r)] == batches(alone)
 
 
 def test_a_mixture_on_two_processes_is_that_of_one(corpus, tmp_path):
@@ -95,10 +100,43 @@ def test_rows_that_are_skipped_are_the_same_for_every_layout(corpus, tmp_path):
     assert losses[0] == pytest.approx(losses[2], rel=1e-4)
 
 
+def _batches_of_one_rank(corpus: str, damaged: str, tp: int) -> list:
+    """What a rank trains on where rank 1 alone sees the damage."""
+    place = mesh.build(tp, 1)
+    cfg = tiny.config(data__path=corpus, data__seq_len=64, train__global_batch=8, train__micro_batch=2)
+    cfg.parallel.tp = tp
+    cfg.data.on_bad_shard = OnBadShard.skip
+    loader = open_loader(cfg, place, "train", {damaged if place.rank == 1 else corpus: 1.0})
+    run = Run(cfg, place, Stop(), loader.vocab_size, loader, None, None, None)
+    out = []
+    for _ in range(6):
+        made, totals = next_batches(run, loader)
+        out.append((batches_of(made), totals.targets, totals.padding, loader.skipped))
+    return [place.dp.rank, out]
+
+
+def batches_of(made: list) -> list:
+    return [(b.tokens.tolist(), b.labels.tolist(), b.cu_seqlens.tolist()) for b in made]
+
+
+def test_damage_that_one_node_sees_empties_the_rows_of_all_that_hold_them(corpus, tmp_path):
+    data = damaged(corpus, tmp_path, "train")
+    (_, first), (_, second) = ranks.run(2, _batches_of_one_rank, corpus, data, 2)
+    assert first == second, "the ranks of a tensor-parallel group train on the same rows"
+    assert first[-1][3] > 0
+    apart = ranks.run(2, _batches_of_one_rank, corpus, data, 1)
+    for step in range(6):
+        (_, *counts), (_, *others) = (r[1][step] for r in apart)
+        assert counts == others, "all ranks count the same"
+        assert len(apart[0][1][step][0]) == len(apart[1][1][step][0]) == 2
+
+
 WRONG = [  # overrides, what the line says
     (["data.mix={a: 0.5}"], ["data.path", "data.mix"]),
     (["data.path=null"], ["data.path", "no value"]),
     (["data.path=null", "data.mix={a: 0, b: 1}"], ["data.mix.a"]),
+    (["data.path=null", "data.mix=3"], ["data.mix=3"]),
+    (["data.path=null", "data.mix={a: x}"], ["data.mix"]),
     (["data.path='pipe:cat x'"], ["pipe: is not allowed"]),
     (["data.path=ftp://h/x"], ["ftp: is not allowed"]),
     (["data.on_bad_shard=ignore"], ["on_bad_shard"]),
