@@ -143,7 +143,7 @@ class Data:
     """Prepared shards (python -m data.prepare) and how rows are made of them."""
 
     path: Optional[str] = None  # a directory, or an http(s):// or s3:// address; or else:
-    mix: Any = None  # several of them with weights, {DIR_A: 0.7, DIR_B: 0.3}; the colon of an address is written \\:
+    mix: Any = None  # several of them with weights, {DIR_A: 0.7, DIR_B: 0.3}; the colon of an address is written \:
     seq_len: int = 1024
     long_documents: LongDocuments = LongDocuments.carry
     verify: bool = False  # compare each shard's whole hash when it is opened; pages are always checked at first use

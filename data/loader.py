@@ -6,7 +6,7 @@ was left, what its rows had not read of the window under way is read first, then
 
 import hashlib
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,7 @@ from configs.errors import DataError
 from configs.schema import LongDocuments, OnBadShard
 from data.order import Mixture, Rows, Window
 from data.pack import fill
-from data.source import Source
+from data.source import Source, background
 from data.store import Limits
 
 ORDER = 2  # version of the order: changed with everything that changes which row comes when
@@ -85,7 +85,7 @@ class Loader:
         self._check_tokenizers()
         self.damaged: dict[int, DataError] = {}  # rows of the last step that could not be read here
         self.skipped = 0  # rows without content so far, over all ranks that share their damage
-        self._lock, self._pool = threading.Lock(), None
+        self._lock = threading.Lock()  # of everything that reads
         self._begin([], 0)
 
     @property
@@ -178,13 +178,14 @@ class Loader:
 
     def _prefetch(self, first: int) -> None:
         if first not in self._ahead:
-            self._pool = self._pool or ThreadPoolExecutor(1, "read-ahead")
-            self._ahead[first] = self._pool.submit(self._step, first)
+            self._ahead[first] = background(lambda: self._read_step(first), self._lock)
 
     def _step(self, first: int) -> tuple[list[Batch], dict[int, DataError]]:
         with self._lock:
-            mine = self.global_batch // self.dp_size
-            return self._read(first + self.dp_rank * mine, set())
+            return self._read_step(first)
+
+    def _read_step(self, first: int) -> tuple[list[Batch], dict[int, DataError]]:
+        return self._read(first + self.dp_rank * (self.global_batch // self.dp_size), set())
 
     def _read(self, first: int, empty: set[int]) -> tuple[list[Batch], dict[int, DataError]]:
         damaged: dict[int, DataError] = {}

@@ -1,7 +1,11 @@
 """One prepared data set as a loader reads it: rows by position, from shards that are fetched ahead and closed again."""
 
+import threading
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,8 +33,8 @@ class Source:
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._faults: dict[int, DataError] = {}
         self._cuts: dict[tuple[int, int], np.ndarray] = {}
-        self._fetching: dict[int, Any] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._fetching: dict[int, Future] = {}
+        self._slots = threading.Semaphore(4)  # fetches at once
 
     def rows(self, seq_len: int, seed: int, rest: Window | None = None) -> Rows:
         """The order of its rows. Where documents are cut, every shard is opened to count them."""
@@ -84,10 +88,11 @@ class Source:
         """Begin to fetch the shards of these windows, from a server."""
         if isinstance(self.store, Local):
             return
-        self._pool = self._pool or ThreadPoolExecutor(4, "fetch")
         for index in (i for window in windows for i in window.shards):
             if index not in self._open and index not in self._fetching and index not in self._faults:
-                self._fetching[index] = self._pool.submit(self.store.path, self.entries[index])
+                self._fetching[index] = background(
+                    lambda entry=self.entries[index]: self.store.path(entry), self._slots
+                )
 
 
 def _manifest(store: Store) -> Manifest:
@@ -99,3 +104,18 @@ def _manifest(store: Store) -> Manifest:
         where, why = f"{store.where}/manifest.json", f"not readable ({type(e).__name__} {e})"
         raise DataError("manifest", where, why, "make it readable") from e
     return parse_manifest(raw, store.where)
+
+
+def background(work: Callable[[], Any], turn: AbstractContextManager) -> Future:
+    """Do the work on a thread when it has its turn. A process that ends does not wait for it, as a pool would."""
+    future: Future = Future()
+
+    def run() -> None:
+        with turn:
+            try:
+                future.set_result(work())
+            except BaseException as e:  # it is raised where the result is asked for
+                future.set_exception(e)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

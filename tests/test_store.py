@@ -223,6 +223,22 @@ def test_a_server_that_does_not_recover(failing, corpus, tmp_path, plan, says):
     assert not list((tmp_path / "cache").glob("*.tar")) + list((tmp_path / "cache").glob("*.part"))
 
 
+def test_a_process_that_gives_up_ends_at_once(failing, tmp_path):
+    """It does not wait for the shards that it was reading ahead."""
+    failing.plan = ["stall"] * 1000
+    code = (
+        "import sys, time\nfrom data.loader import Loader\nfrom data.store import Limits\n"
+        "made = Loader(sys.argv[1], 'train', 64, 8, 4, 3, read_ahead=2, limits=Limits(sys.argv[2], 1 << 30, 2.0))\n"
+        "try: made.next_step()\nexcept Exception as e: print(e, time.time(), sep='|')"
+    )
+    command = [sys.executable, "-c", code, failing.address_text, str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=60)
+    said, at = done.stdout.strip().split("|")
+    assert "cannot be had in" in said
+    assert time.time() - float(at) < 1.5
+    assert "Traceback" not in done.stderr
+
+
 def test_shards_that_cannot_be_had_are_skipped_and_counted(failing, corpus, tmp_path):
     failing.plan = ["flip"] * 2  # the first shard asked for, and its second try
     here = loader(corpus, limits(tmp_path))
