@@ -90,9 +90,7 @@ class Source:
             return
         for index in (i for window in windows for i in window.shards):
             if index not in self._open and index not in self._fetching and index not in self._faults:
-                self._fetching[index] = background(
-                    lambda entry=self.entries[index]: self.store.path(entry), self._slots
-                )
+                self._fetching[index] = background(partial(self.store.path, self.entries[index]), self._slots)
 
 
 def _manifest(store: Store) -> Manifest:
