@@ -1,0 +1,384 @@
+"""Attention to a band of keys: the compressed branch, the window, and the local part of the selection.
+
+Key j of a document is seen by the query at position t if `(t // A - N + 1) * A <= j < (t + 1 - L) // D + 1`: a key stands
+for L tokens, one for every D, that must all lie at or before t; and for those that go back no further than the N-th
+aligned run of A tokens, t's own included.
+
+A tile of rows holds neighbouring queries with all the heads of their group: they share keys, and a mask is needed only
+where the band ends. Softmax is in base 2 and fp32. Sums go in a fixed order, so that results repeat bit for bit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, locate, precision
+
+FAR = tl.constexpr(1 << 30)
+
+# By bytes of an element; those for 16 bits were timed on an H200.
+FORWARD = {2: Launch(128, 64, 4, 2), 4: Launch(64, 32, 4, 2)}
+QUERIES = {2: Launch(128, 64, 8, 2), 4: Launch(64, 16, 4, 2)}
+KEYS = {2: Launch(64, 128, 8, 2), 4: Launch(32, 32, 4, 1)}
+
+
+@dataclass(frozen=True)
+class Band:
+    """Which keys a query sees, in the module's letters."""
+
+    L: int = 1
+    D: int = 1
+    A: int = 1
+    N: int = FAR.value
+
+    @property
+    def keyed_by_block(self) -> bool:
+        """Keys are compression blocks, not tokens."""
+        return (self.L, self.D) != (1, 1)
+
+
+@triton.jit
+def _low(t, A: tl.constexpr, N: tl.constexpr):
+    return tl.maximum((t // A - (N - 1)) * A, 0)
+
+
+@triton.jit
+def _high(t, L: tl.constexpr, D: tl.constexpr):
+    return tl.maximum(t + 1 + D - L, 0) // D
+
+
+@triton.jit
+def _attend(
+    acc, total, peak, q, q2, k, k_rest, v, base, k_at, v_at, begin, end, low, high, scale,
+    E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of the rows q over the keys [begin, end), a tile of BN at a time."""
+    column = tl.arange(0, BN)
+    for j in tl.range(begin, end, BN):
+        k1 = k.load([base + j, k_at])
+        s = tl.dot(q, k1.T, input_precision=EXACT)
+        if E2 > 0:
+            s = tl.dot(q2, k_rest.load([base + j, k_at + E]).T, s, input_precision=EXACT)
+        if MASK:
+            seen = ((j + column)[None, :] >= low[:, None]) & ((j + column)[None, :] < high[:, None])
+            s = tl.where(seen, s, float("-inf"))
+            top = tl.maximum(peak, tl.max(s, 1) * scale)
+            ground = tl.where(top == float("-inf"), 0.0, top)
+        else:
+            top = tl.maximum(peak, tl.max(s, 1) * scale)
+            ground = top
+        p = tl.exp2(s * scale - ground[:, None])
+        shrink = tl.exp2(peak - ground)
+        total = total * shrink + tl.sum(p, 1)
+        peak = top
+        values = v.load([base + j, v_at])
+        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=EXACT)
+    return acc, total, peak
+
+
+@triton.jit
+def _edges(place, last, BN: tl.constexpr, L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr):
+    """Keys that queries [place, last] see: first, end of the left edge, end of those all see, end; in tiles of BN."""
+    first, end = _low(place, A, N), _high(last, L, D)
+    left = tl.minimum(first + (_low(last, A, N) - first + BN - 1) // BN * BN, end)
+    inner = tl.maximum(left, left + (_high(place, L, D) - left) // BN * BN)
+    return first, left, inner, end
+
+
+@triton.jit(do_not_specialize=["documents"])
+def _forward(
+    q, q_rest, k, k_rest, v, o, lse, tokens, keys, documents, scale, k_h, v_h, heads, lse_t, lse_h,
+    G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    tile, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the longest first
+    document, start, length, place = locate(tile, tokens, documents, BQ)
+    if place >= length:
+        return
+    row = tl.arange(0, BQ * G)
+    t, head = place + row // G, group * G + row % G
+    q1 = q.load([start + place, group * G, 0]).reshape(BQ * G, E)
+    q2 = q1
+    if E2 > 0:
+        q2 = q_rest.load([start + place, group * G, E]).reshape(BQ * G, E2)
+    low, high = _low(t, A, N), _high(t, L, D)
+    first, left, inner, end = _edges(place, tl.minimum(place + BQ, length) - 1, BN, L, D, A, N)
+    base, k_at, v_at = tl.load(keys + document), group * k_h, group * v_h
+    acc = tl.zeros([BQ * G, F], tl.float32)
+    total = tl.zeros([BQ * G], tl.float32)
+    peak = total - float("inf")
+    if N < FAR:
+        acc, total, peak = _attend(
+            acc, total, peak, q1, q2, k, k_rest, v, base, k_at, v_at, first, left, low, high, scale,
+            E, E2, F, BN, True, EXACT,
+        )  # fmt: skip
+    acc, total, peak = _attend(
+        acc, total, peak, q1, q2, k, k_rest, v, base, k_at, v_at, left, inner, low, high, scale,
+        E, E2, F, BN, False, EXACT,
+    )  # fmt: skip
+    acc, total, peak = _attend(
+        acc, total, peak, q1, q2, k, k_rest, v, base, k_at, v_at, inner, end, low, high, scale,
+        E, E2, F, BN, True, EXACT,
+    )  # fmt: skip
+    some, there = total > 0, t < length
+    acc = acc / tl.where(some, total, 1.0)[:, None]
+    token = (start + t).to(tl.int64)
+    out = (o + (token * heads + head) * F)[:, None] + tl.arange(0, F)[None, :]
+    tl.store(out, acc.to(o.dtype.element_ty), mask=there[:, None])
+    log = tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("inf"))  # exp2(s - inf) = 0 in backward
+    tl.store(lse + token * lse_t + head * lse_h, log, mask=there)
+
+
+@triton.jit
+def _queries_step(
+    acc1, acc2, q, q2, do, shift, delta, k, k_rest, v, base, k_at, v_at, begin, end, low, high, scale,
+    E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Adds dS K of the keys [begin, end) to the gradient of rows q."""
+    column = tl.arange(0, BN)
+    for j in tl.range(begin, end, BN):
+        k1 = k.load([base + j, k_at])
+        s = tl.dot(q, k1.T, input_precision=EXACT)
+        if E2 > 0:
+            k2 = k_rest.load([base + j, k_at + E])
+            s = tl.dot(q2, k2.T, s, input_precision=EXACT)
+        values = v.load([base + j, v_at])
+        dp = tl.dot(do, values.T, input_precision=EXACT)
+        p = tl.exp2(s * scale - shift[:, None])
+        if MASK:
+            seen = ((j + column)[None, :] >= low[:, None]) & ((j + column)[None, :] < high[:, None])
+            p = tl.where(seen, p, 0.0)
+        ds = (p * (dp - delta[:, None])).to(k1.dtype)
+        acc1 = tl.dot(ds, k1, acc1, input_precision=EXACT)
+        if E2 > 0:
+            acc2 = tl.dot(ds, k2, acc2, input_precision=EXACT)
+    return acc1, acc2
+
+
+@triton.jit
+def _add(at, value, there, ADD: tl.constexpr):
+    """Stores a tile of fp32 sums, added to what is there if ADD."""
+    if ADD:
+        value += tl.load(at, mask=there, other=0.0).to(tl.float32)
+    tl.store(at, value.to(at.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["documents"])
+def _backward_queries(
+    q, q_rest, k, k_rest, v, do, lse, delta, gate, dq, tokens, keys, documents, scale, k_h, v_h, heads, lse_t, lse_h,
+    G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, ADD: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    tile, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    document, start, length, place = locate(tile, tokens, documents, BQ)
+    if place >= length:
+        return
+    row = tl.arange(0, BQ * G)
+    t, head = place + row // G, group * G + row % G
+    there = t < length
+    q1 = q.load([start + place, group * G, 0]).reshape(BQ * G, E)
+    q2 = q1
+    acc2 = tl.zeros([BQ * G, E2 if E2 > 0 else 1], tl.float32)
+    if E2 > 0:
+        q2 = q_rest.load([start + place, group * G, E]).reshape(BQ * G, E2)
+    g_out = do.load([start + place, group * G, 0]).reshape(BQ * G, F)
+    token = (start + t).to(tl.int64)
+    at = token * lse_t + head * lse_h
+    shift = tl.load(lse + at, mask=there, other=float("inf"))
+    drop = tl.load(delta + at, mask=there, other=0.0)
+    low, high = _low(t, A, N), _high(t, L, D)
+    first, left, inner, end = _edges(place, tl.minimum(place + BQ, length) - 1, BN, L, D, A, N)
+    base, k_at, v_at = tl.load(keys + document), group * k_h, group * v_h
+    acc1 = tl.zeros([BQ * G, E], tl.float32)
+    if N < FAR:
+        acc1, acc2 = _queries_step(
+            acc1, acc2, q1, q2, g_out, shift, drop, k, k_rest, v, base, k_at, v_at, first, left, low, high, scale,
+            E, E2, F, BN, True, EXACT,
+        )  # fmt: skip
+    acc1, acc2 = _queries_step(
+        acc1, acc2, q1, q2, g_out, shift, drop, k, k_rest, v, base, k_at, v_at, left, inner, low, high, scale,
+        E, E2, F, BN, False, EXACT,
+    )  # fmt: skip
+    acc1, acc2 = _queries_step(
+        acc1, acc2, q1, q2, g_out, shift, drop, k, k_rest, v, base, k_at, v_at, inner, end, low, high, scale,
+        E, E2, F, BN, True, EXACT,
+    )  # fmt: skip
+    weight = (tl.load(gate + at, mask=there, other=0.0) * (scale / 1.4426950408889634))[:, None]
+    out = (dq + (token * heads + head) * (E + E2))[:, None]
+    _add(out + tl.arange(0, E)[None, :], acc1 * weight, there[:, None], ADD)
+    if E2 > 0:
+        _add(out + E + tl.arange(0, E2)[None, :], acc2 * weight, there[:, None], ADD)
+
+
+@triton.jit
+def _keys_step(
+    dk, dk2, dv, k, k2, v, q, q_rest, do, lse, delta, gate, lse_t, lse_h, origin, head, begin, end, limit, key, scale,
+    GS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
+    BQ: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Adds to the gradients of a tile of keys what the queries [begin, end) with GS heads each send them."""
+    row = tl.arange(0, BQ * GS)
+    offset = row // GS * lse_t + (head + row % GS) * lse_h
+    for i in tl.range(begin, end, BQ):
+        q1 = q.load([origin + i, head, 0]).reshape(BQ * GS, E)
+        s = tl.dot(k, q1.T, input_precision=EXACT)  # [keys, rows]
+        if E2 > 0:
+            q2 = q_rest.load([origin + i, head, E]).reshape(BQ * GS, E2)
+            s = tl.dot(k2, q2.T, s, input_precision=EXACT)
+        g_out = do.load([origin + i, head, 0]).reshape(BQ * GS, F)
+        dp = tl.dot(v, g_out.T, input_precision=EXACT)
+        at = (origin + i).to(tl.int64) * lse_t + offset
+        t = i + row // GS
+        shift = tl.load(lse + at, mask=t < limit, other=float("inf"))
+        drop = tl.load(delta + at, mask=t < limit, other=0.0)
+        weight = tl.load(gate + at, mask=t < limit, other=0.0)
+        p = tl.exp2(s * scale - shift[None, :])
+        if MASK:
+            seen = (key[:, None] >= _low(t, A, N)[None, :]) & (key[:, None] < _high(t, L, D)[None, :])
+            p = tl.where(seen, p, 0.0)
+        p *= weight[None, :]
+        dv = tl.dot(p.to(g_out.dtype), g_out, dv, input_precision=EXACT)
+        ds = (p * (dp - drop[None, :])).to(q1.dtype)
+        dk = tl.dot(ds, q1, dk, input_precision=EXACT)
+        if E2 > 0:
+            dk2 = tl.dot(ds, q2, dk2, input_precision=EXACT)
+    return dk, dk2, dv
+
+
+@triton.jit(do_not_specialize=["documents"])
+def _backward_keys(
+    q, q_rest, k, k_rest, v, do, lse, delta, gate, dk, dv, tokens, keys, documents, scale, k_h, v_h, groups, lse_t, lse_h, part,
+    G: tl.constexpr, SPLIT: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    group, split = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
+    document, first, count, place = locate(tl.program_id(1), keys, documents, BN)  # tile 0 has the most queries
+    if place >= count:
+        return
+    GS: tl.constexpr = G // SPLIT
+    start = tl.load(tokens + document)
+    length = tl.load(tokens + document + 1) - start
+    key = place + tl.arange(0, BN)
+    k1 = k.load([first + place, group * k_h])
+    k2 = k1
+    dk2 = tl.zeros([BN, E2 if E2 > 0 else 1], tl.float32)
+    if E2 > 0:
+        k2 = k_rest.load([first + place, group * k_h + E])
+    v1 = v.load([first + place, group * v_h])
+    dk1, dv1 = tl.zeros([BN, E], tl.float32), tl.zeros([BN, F], tl.float32)
+    # Queries that see any of the keys, then those that see all of them.
+    last = tl.minimum(place + BN, count) - 1
+    begin, end = place * D + L - 1, length
+    left, inner = last * D + L - 1, length
+    if N < FAR:
+        end = tl.minimum(length, (last // A + N) * A)
+        inner = tl.minimum(length, (place // A + N) * A)
+    left = tl.minimum(begin + (left - begin + BQ - 1) // BQ * BQ, end)
+    inner = tl.maximum(left, left + (inner - left) // BQ * BQ)
+    head = group * G + split * GS
+    # Rows of keys past the last one hold what nobody stores.
+    dk1, dk2, dv1 = _keys_step(
+        dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, lse, delta, gate, lse_t, lse_h, start, head, begin, left, end, key,
+        scale, GS, E, E2, F, L, D, A, N, BQ, True, EXACT,
+    )  # fmt: skip
+    dk1, dk2, dv1 = _keys_step(
+        dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, lse, delta, gate, lse_t, lse_h, start, head, left, inner, end, key,
+        scale, GS, E, E2, F, L, D, A, N, BQ, False, EXACT,
+    )  # fmt: skip
+    dk1, dk2, dv1 = _keys_step(
+        dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, lse, delta, gate, lse_t, lse_h, start, head, inner, end, end, key,
+        scale, GS, E, E2, F, L, D, A, N, BQ, True, EXACT,
+    )  # fmt: skip
+    there = (key < count)[:, None]
+    at = (first + key).to(tl.int64) * groups + group
+    out = (dk + split * part + at * (E + E2))[:, None]
+    tl.store(out + tl.arange(0, E)[None, :], (dk1 * (scale / 1.4426950408889634)).to(dk.dtype.element_ty), mask=there)
+    if E2 > 0:
+        dk2 = (dk2 * (scale / 1.4426950408889634)).to(dk.dtype.element_ty)
+        tl.store(out + E + tl.arange(0, E2)[None, :], dk2, mask=there)
+    out = (dv + split * (part // (E + E2) * F) + at * F)[:, None]
+    tl.store(out + tl.arange(0, F)[None, :], dv1.to(dv.dtype.element_ty), mask=there)
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor, band: Band) -> dict[str, int]:
+    e, e2 = halves(q.shape[2])
+    return dict(G=q.shape[1] // k.shape[1], E=e, E2=e2, F=v.shape[2], **vars(band), EXACT=precision(q))
+
+
+def _keys(documents: Documents, band: Band) -> Tensor:
+    return documents.blocks if band.keyed_by_block else documents.tokens
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, band: Band) -> tuple[Tensor, Tensor]:
+    """o [n, h, dv] in q's dtype and the base-2 log-sum-exp [n, h] fp32, +inf for a query that sees no key.
+
+    q [n, h, dk]; k [m, h_kv, dk], v [m, h_kv, dv] over tokens or, if `band.keyed_by_block`, compression blocks. The
+    log-sum-exp lies head by head in memory where blocks are keys, token by token elsewhere.
+    """
+    n, heads, e = q.shape
+    o = q.new_zeros(n, heads, v.shape[2]) if len(k) == 0 else q.new_empty(n, heads, v.shape[2])
+    size = (heads, n) if band.keyed_by_block else (n, heads)
+    lse = torch.full(size, torch.inf, device=q.device) if len(k) == 0 else q.new_empty(size, dtype=torch.float32)
+    lse = lse.t() if band.keyed_by_block else lse
+    if len(k) == 0:
+        return o, lse
+    shape, how = _shape(q, k, v, band), FORWARD[q.element_size()]
+    bq, bn = how.queries(shape["G"]), how.columns
+    _forward[documents.tiles(bq), k.shape[1]](
+        *boxes(q, bq, shape["G"]), *columns(k, bn), columns(v, bn)[0], o, lse, documents.tokens,
+        _keys(documents, band), documents.count, e**-0.5 * LOG2E, k.stride(1), v.stride(1), heads, *lse.stride(),
+        **shape, BQ=bq, BN=bn, **how.options,
+    )  # fmt: skip
+    return o, lse
+
+
+def backward_queries(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor, dq: Tensor, add: bool,
+    documents: Documents, band: Band,
+) -> None:  # fmt: skip
+    """Writes the gradient of q to dq [n, h, dk], or adds it.
+
+    do [n, h, dv] is the gradient of the gated output, gate [n, h] this branch's gate and delta [n, h] the product
+    <do, o> of its output, both fp32 and strided like lse.
+    """
+    if len(k) == 0:
+        dq.copy_(dq if add else torch.zeros_like(dq))
+        return
+    shape, how = _shape(q, k, v, band), QUERIES[q.element_size()]
+    bq, bn, g = how.queries(shape["G"]), how.columns, shape["G"]
+    _backward_queries[documents.tiles(bq), k.shape[1]](
+        *boxes(q, bq, g), *columns(k, bn), columns(v, bn)[0], boxes(do, bq, g)[0], lse, delta, gate, dq,
+        documents.tokens, _keys(documents, band), documents.count, q.shape[2] ** -0.5 * LOG2E,
+        k.stride(1), v.stride(1), q.shape[1], *lse.stride(), **shape, BQ=bq, BN=bn, ADD=add, **how.options,
+    )  # fmt: skip
+
+
+def backward_keys(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor,
+    documents: Documents, band: Band, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of k and v in `dtype`. Arguments as in `backward_queries`.
+
+    Where blocks are keys there are too few tiles of them to fill a device: each head of a group gets its own sum.
+    """
+    m, groups, e = k.shape
+    if m == 0:
+        return torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
+    shape, how = _shape(q, k, v, band), KEYS[q.element_size()]
+    split = shape["G"] if band.keyed_by_block else 1
+    dk = k.new_empty(split, m, groups, e, dtype=torch.float32 if split > 1 else dtype)
+    dv = v.new_empty(split, m, groups, v.shape[2], dtype=dk.dtype)
+    bq, bn = how.queries(shape["G"] // split), how.columns
+    _backward_keys[groups * split, m // bn + documents.count](
+        *boxes(q, bq, shape["G"] // split), *columns(k, bn), columns(v, bn)[0], boxes(do, bq, shape["G"] // split)[0],
+        lse, delta, gate, dk, dv, documents.tokens, _keys(documents, band), documents.count, e**-0.5 * LOG2E,
+        k.stride(1), v.stride(1), groups, *lse.stride(), dk.stride(0), **shape, SPLIT=split, BQ=bq, BN=bn, **how.options,
+    )  # fmt: skip
+    return (dk[0], dv[0]) if split == 1 else (dk.sum(0).to(dtype), dv.sum(0).to(dtype))

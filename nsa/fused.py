@@ -1,0 +1,182 @@
+"""The Triton backend: the branches' kernels joined into one operator with a gradient, for eager mode and torch.compile."""
+
+import os
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from configs.schema import Attention, Branch
+from nsa import band, gates, picked, score
+from nsa.tiles import Documents, halves, rows
+
+PAIR_BYTES = 1.9e9  # at most, for what the pairs of a chunk of queries leave to be merged
+NAMES = [b.value for b in Branch]
+
+
+def unfit(q: Tensor, v_dim: int, kv_heads: int, sizes: Attention) -> str | None:
+    """Why the kernels cannot take this, or None."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    least = 1 if interpreted else 16
+    group = q.shape[1] // kv_heads
+    if not (q.is_cuda or interpreted):
+        return f"q is on the {q.device.type}, and they run on a GPU"
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"q is {q.dtype}; they take bfloat16, float16 and float32"
+    for name, width, parts in (("query and key", q.shape[2], halves(q.shape[2])), ("value", v_dim, (v_dim, 0))):
+        if parts[0] < least or parts[0] & (parts[0] - 1) or 0 < parts[1] < least or width > 256:
+            return f"the {name} width is {width}; they take 16, 32, 64, 128, 256, and 192 and the like for keys"
+    if group & (group - 1) or group > 64:
+        return f"{q.shape[1]} heads to {kv_heads} KV heads is a group of {group}; they take 1, 2, 4, ... 64"
+    if sizes.l_slc & (sizes.l_slc - 1) or not (least <= sizes.l_slc <= 128):
+        return f"l_slc is {sizes.l_slc}; they take 16, 32, 64 and 128"
+    return None
+
+
+def _sizes(numbers: Sequence[int]) -> tuple[Attention, list[str]]:
+    l, d, l_slc, n, initial, local, w, *branches = numbers
+    sizes = Attention(l=l, d=d, l_slc=l_slc, n=n, initial=initial, local=local, w=w)
+    return sizes, [NAMES[b] for b in branches]
+
+
+def _chunk(q: Tensor, v_dim: int, picks: int) -> int:
+    """Tokens of a chunk of pairs: a power of two."""
+    each = q.shape[1] * max(1, picks) * max(q.shape[2], v_dim) * q.element_size()
+    return 1 << max(7, int(PAIR_BYTES / each).bit_length() - 1)
+
+
+def _bands(sizes: Attention) -> dict[str, band.Band]:
+    return {
+        "cmp": band.Band(L=sizes.l, D=sizes.d),
+        "slc": band.Band(A=sizes.l_slc, N=sizes.local),  # the local part of it
+        "win": band.Band(N=sizes.w),
+    }
+
+
+@torch.library.custom_op("sparsetron::nsa", mutates_args=())
+def _nsa(
+    q: Tensor, k_cmp: Optional[Tensor], v_cmp: Optional[Tensor], k_slc: Optional[Tensor], v_slc: Optional[Tensor],
+    k_win: Optional[Tensor], v_win: Optional[Tensor], gates_: Tensor, cu_seqlens: Tensor, numbers: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gated sum, and for backward output and log-sum-exp of cmp, slc and win, and the four tensors of Pairs."""
+    sizes, branches = _sizes(numbers)
+    documents = Documents.of(cu_seqlens, sizes, q.device)
+    q = rows(q)
+    kv = {name: (rows(k), rows(v)) for name, k, v in _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)}
+    out, pairs = {name: (q.new_empty(0), q.new_empty(0)) for name in NAMES}, [q.new_empty(0) for _ in range(4)]
+    bands = _bands(sizes)
+    for name in branches:
+        out[name] = band.forward(q, *kv[name], documents, bands[name])
+    if "slc" in branches and sizes.n > sizes.local:
+        if "cmp" in branches:
+            k, lse = kv["cmp"][0], out["cmp"][1]
+        else:
+            k = rows(k_cmp)
+            lse = band.forward(q, k, k[..., : halves(k.shape[2])[0]], documents, bands["cmp"])[1]
+        chunk = _chunk(q, out["slc"][0].shape[2], sizes.n - sizes.local)
+        chosen = score.choose(q, k, lse, documents, sizes, chunk)
+        found = picked.sort(chosen, chunk, documents.tiles(sizes.l_slc))
+        picked.forward(q, *kv["slc"], *out["slc"], found, documents, sizes.l_slc)
+        pairs = [found.keys, found.order, found.starts, found.chosen]
+    o = gates.gated_sum([out[name][0] for name in branches], gates_.contiguous())
+    return o, *out["cmp"], *out["slc"], *out["win"], *pairs
+
+
+def _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win):
+    three = (("cmp", k_cmp, v_cmp), ("slc", k_slc, v_slc), ("win", k_win, v_win))
+    return [(name, k, v) for name, k, v in three if k is not None and v is not None]
+
+
+@_nsa.register_fake
+def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates_, cu_seqlens, numbers):
+    sizes, branches = _sizes(numbers)
+    n, heads, _ = q.shape
+    kv = {name: (k, v) for name, k, v in _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)}
+    o = q.new_empty(n, heads, kv[branches[0]][1].shape[2])
+    out = []
+    for name in NAMES:
+        if name in branches:
+            lse = q.new_empty((heads, n) if name == "cmp" else (n, heads), dtype=torch.float32)
+            out += [torch.empty_like(o), lse.t() if name == "cmp" else lse]
+        else:
+            out += [q.new_empty(0), q.new_empty(0)]
+    picks = sizes.n - sizes.local
+    if "slc" not in branches or not picks:
+        return o, *out, *(q.new_empty(0) for _ in range(4))
+    groups, chunk = kv["slc"][0].shape[1], _chunk(q, o.shape[2], picks)
+    blocks = n // sizes.l_slc + len(cu_seqlens) - 1
+    keys = q.new_empty(n * groups * picks, dtype=torch.int32)
+    starts = q.new_empty(-(-n // chunk) * groups * blocks + 1, dtype=torch.int32)
+    return o, *out, keys, keys.long(), starts, keys.new_empty(n, groups, picks)
+
+
+@torch.library.custom_op("sparsetron::nsa_backward", mutates_args=())
+def _nsa_backward(
+    do: Tensor, q: Tensor, k_cmp: Optional[Tensor], v_cmp: Optional[Tensor], k_slc: Optional[Tensor],
+    v_slc: Optional[Tensor], k_win: Optional[Tensor], v_win: Optional[Tensor], gates_: Tensor, cu_seqlens: Tensor,
+    saved: Sequence[Tensor], numbers: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, of the six keys and values (empty for what is not there), and of the gates."""
+    sizes, branches = _sizes(numbers)
+    documents = Documents.of(cu_seqlens, sizes, q.device)
+    q, do = rows(q), rows(do)
+    kv = {name: (rows(k), rows(v)) for name, k, v in _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)}
+    out = {name: (saved[2 * i], saved[2 * i + 1]) for i, name in enumerate(NAMES)}
+    dq, dgates = q.new_empty(q.shape), torch.empty_like(gates_, memory_format=torch.contiguous_format)
+    grads = {name: (q.new_empty(0), q.new_empty(0)) for name in NAMES}
+    for c, name in enumerate(branches):
+        o, lse = out[name]
+        delta, weight = gates.product(do, o, gates_[..., c], lse, dgates[..., c])
+        args = (q, *kv[name], do, lse, delta, weight)
+        rule = _bands(sizes)[name]
+        band.backward_queries(*args, dq, c > 0, documents, rule)
+        chosen = name == "slc" and sizes.n > sizes.local
+        dk, dv = band.backward_keys(*args, documents, rule, torch.float32 if chosen else q.dtype)
+        if chosen:
+            chunk = _chunk(q, o.shape[2], sizes.n - sizes.local)
+            pairs = picked.Pairs(*saved[6:], chunk, documents.tiles(sizes.l_slc))
+            picked.backward(*args, dq, dk, dv, pairs, documents, sizes.l_slc)
+        grads[name] = dk.to(q.dtype), dv.to(q.dtype)
+    return dq, *grads["cmp"], *grads["slc"], *grads["win"], dgates
+
+
+@_nsa_backward.register_fake
+def _(do, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates_, cu_seqlens, saved, numbers):
+    _, branches = _sizes(numbers)
+    kv = {name: (k, v) for name, k, v in _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)}
+    pairs = [kv[name] if name in branches else (q.new_empty(0),) * 2 for name in NAMES]
+    return q.new_empty(q.shape), *(x.new_empty(x.shape) for pair in pairs for x in pair), gates_.new_empty(gates_.shape)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.numbers = inputs
+    _, *rest = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*rest)
+    ctx.save_for_backward(*tensors, *rest)
+
+
+def _backward(ctx, do, *_):
+    tensors, saved = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+    dq, *six, dgates = _nsa_backward(do, *tensors, list(saved), ctx.numbers)
+    six = [g if x is not None and g.numel() == x.numel() else None for g, x in zip(six, tensors[1:7])]
+    return dq, *six, dgates, None, None
+
+
+_nsa.register_autograd(_backward, setup_context=_save)
+
+
+def nsa(
+    q: Tensor,
+    kv: dict[str, tuple[Tensor, Tensor]],
+    k_cmp: Tensor | None,
+    v_cmp: Tensor | None,
+    gates: Tensor,
+    cu_seqlens: Tensor,
+    a: Attention,
+) -> Tensor:
+    """Eq. 5 as `reference.nsa` computes it, by kernels; see `unfit` for what they take."""
+    numbers = [a.l, a.d, a.l_slc, a.n, a.initial, a.local, a.w, *(NAMES.index(b.value) for b in a.branches)]
+    six = (k_cmp, v_cmp, *kv.get("slc", (None, None)), *kv.get("win", (None, None)))
+    return _nsa(q, *six, gates, cu_seqlens, numbers)[0]

@@ -1,0 +1,297 @@
+"""Attention to the chosen blocks, block by block: a block is read once for all queries of a chunk that chose it.
+
+The pairs (query, chosen block) of a chunk of queries are sorted by block and cut into runs of equal length, one for a
+program: however many queries choose a block, the work is even. A program gathers its queries a tile at a time and leaves
+for each pair a softmax over that block alone; `merge` then joins a query's pairs. Backward does the same: it leaves for
+each pair a part of dq, and for each stretch of a run in one block a part of dk and dv. Everything is summed in a fixed
+order. A chunk bounds what is held at once. Chosen blocks are whole and lie before the query: nothing is masked.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.score import NONE
+from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, precision
+
+RUN = 256  # pairs of a program
+FORWARD = {2: Launch(128, 0, 4, 3), 4: Launch(64, 0, 4, 1)}  # by bytes of an element; a tile's keys are one block
+BACKWARD = {2: Launch(128, 0, 8, 2), 4: Launch(32, 0, 8, 1)}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """All pairs in order of (chunk, KV head, block)."""
+
+    keys: Tensor  # [n * h_kv * picks] int32, sorted
+    order: Tensor  # the same places: which pair, (token * h_kv + KV head) * picks + pick, int64
+    starts: Tensor  # [chunks * h_kv * blocks + 1] int32: where the pairs of a key start
+    chosen: Tensor  # [n, h_kv, picks] int32: the keys as they were chosen
+    chunk: int  # tokens of a chunk
+    blocks: int  # of the pack, the empty ones included
+
+    @property
+    def picks(self) -> int:
+        return self.chosen.shape[2]
+
+
+def sort(chosen: Tensor, chunk: int, blocks: int) -> Pairs:
+    """The pairs of keys [n, h_kv, picks] from `score.choose`."""
+    n, groups, _ = chosen.shape
+    keys, order = torch.sort(chosen.flatten(), stable=True)
+    every = torch.arange(triton.cdiv(n, chunk) * groups * blocks + 1, dtype=torch.int32, device=chosen.device)
+    return Pairs(keys, order, torch.searchsorted(keys, every, out_int32=True), chosen, chunk, blocks)
+
+
+@triton.jit
+def _run(starts, chunk, blocks, RUN: tl.constexpr):
+    """The first key of this chunk and KV head, where its pairs start, and this program's [begin, end)."""
+    key = (chunk * tl.num_programs(1) + tl.program_id(1)) * blocks
+    first = tl.load(starts + key)
+    begin = first + tl.program_id(0) * RUN
+    return key, first, begin, tl.minimum(begin + RUN, tl.load(starts + key + blocks))
+
+
+@triton.jit(do_not_specialize=["documents", "chunk"])
+def _forward(
+    q, k, k_rest, v, o, lse, keys, order, starts, tokens, documents, scale, chunk, blocks, base,
+    q_t, q_h, k_h, v_h,
+    G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr, PICKS: tl.constexpr, SLC: tl.constexpr,
+    BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    key0, _, i, end = _run(starts, chunk, blocks, RUN)
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    row, e, f = tl.arange(0, BM * G), tl.arange(0, E), tl.arange(0, F)
+    q += group * G * q_h
+    while i < end:
+        key = tl.load(keys + i)
+        stop = tl.minimum(end, tl.load(starts + key + 1))
+        _, start, _, place = locate(key - key0, tokens, documents, SLC)
+        k1 = k.load([start + place, group * k_h])
+        if E2 > 0:
+            k2 = k_rest.load([start + place, group * k_h + E])
+        values = v.load([start + place, group * v_h])
+        for j in tl.range(i, stop, BM):
+            there = j + row // G < stop
+            pair = tl.load(order + j + row // G, mask=there, other=0)
+            token = pair // (groups * PICKS)
+            at_q = q + token * q_t + row % G * q_h
+            q1 = tl.load(at_q[:, None] + e[None, :], mask=there[:, None], other=0.0)
+            s = tl.dot(q1, k1.T, input_precision=EXACT)
+            if E2 > 0:
+                q2 = tl.load(at_q[:, None] + E + tl.arange(0, E2)[None, :], mask=there[:, None], other=0.0)
+                s = tl.dot(q2, k2.T, s, input_precision=EXACT)
+            peak = tl.max(s, 1) * scale
+            p = tl.exp2(s * scale - peak[:, None])
+            total = tl.sum(p, 1)
+            out = tl.dot(p.to(values.dtype), values, input_precision=EXACT) / total[:, None]
+            at_o = (pair - base) * G + row % G
+            tl.store(lse + at_o, peak + tl.log2(total), mask=there)
+            tl.store((o + at_o * F)[:, None] + f[None, :], out.to(o.dtype.element_ty), mask=there[:, None])
+        i = stop
+
+
+@triton.jit
+def _merge(
+    chosen, o_part, lse_part, o, lse, first, n, groups, PICKS: tl.constexpr, NONE: tl.constexpr,
+    G: tl.constexpr, F: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Joins the pairs of BT queries of one KV head with what o and lse hold, in place."""
+    row, f = tl.arange(0, BT * G), tl.arange(0, F)
+    local, group = tl.program_id(0) * BT + row // G, tl.program_id(1)
+    there = first + local < n
+    pair = (local * groups + group).to(tl.int64) * PICKS
+    at = ((first + local) * groups + group).to(tl.int64)
+    peak = tl.load(lse + at * G + row % G, mask=there, other=float("-inf"))
+    acc = tl.load((o + (at * G + row % G) * F)[:, None] + f[None, :], mask=there[:, None], other=0.0).to(tl.float32)
+    total = tl.where(there, 1.0, 0.0)
+    for r in tl.range(0, PICKS):
+        some = there & (tl.load(chosen + at * PICKS + r, mask=there, other=NONE) != NONE)
+        part = (pair + r) * G + row % G
+        log = tl.load(lse_part + part, mask=some, other=float("-inf"))
+        values = tl.load((o_part + part * F)[:, None] + f[None, :], mask=some[:, None], other=0.0)
+        top = tl.maximum(peak, log)
+        shift = tl.where(there, top, 0.0)
+        shrink, weight = tl.exp2(peak - shift), tl.exp2(log - shift)
+        acc = acc * shrink[:, None] + values.to(tl.float32) * weight[:, None]
+        total = total * shrink + weight
+        peak = top
+    total = tl.where(there, total, 1.0)
+    tl.store(lse + at * G + row % G, peak + tl.log2(total), mask=there)
+    out = (o + (at * G + row % G) * F)[:, None] + f[None, :]
+    tl.store(out, (acc / total[:, None]).to(o.dtype.element_ty), mask=there[:, None])
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, pairs: Pairs, documents: Documents, slc: int
+) -> None:
+    """Joins attention to the chosen blocks of `slc` tokens into o [n, h, dv] and lse [n, h], which hold the local part.
+
+    q [n, h, dk], k [n, h_kv, dk], v [n, h_kv, dv].
+    """
+    n, heads, e = q.shape
+    groups, width, g = k.shape[1], v.shape[2], heads // k.shape[1]
+    e1, e2 = halves(e)
+    o_part = q.new_empty(min(pairs.chunk, n), groups, pairs.picks, g, width)
+    lse_part = q.new_empty(o_part.shape[:-1], dtype=torch.float32)
+    how, bt = FORWARD[q.element_size()], max(1, 64 // g)
+    for c, first in enumerate(range(0, n, pairs.chunk)):
+        count = min(pairs.chunk, n - first)
+        _forward[triton.cdiv(count * pairs.picks, RUN), groups](
+            q, *columns(k, slc), columns(v, slc)[0], o_part, lse_part, pairs.keys, pairs.order, pairs.starts, documents.tokens, documents.count,
+            e**-0.5 * LOG2E, c, pairs.blocks, first * groups * pairs.picks,
+            *q.stride()[:2], k.stride(1), v.stride(1),
+            G=g, E=e1, E2=e2, F=width, PICKS=pairs.picks, SLC=slc, BM=how.queries(g), RUN=RUN,
+            EXACT=precision(q), **how.options,
+        )  # fmt: skip
+        _merge[triton.cdiv(count, bt), groups](
+            pairs.chosen, o_part, lse_part, o, lse, first, n, groups,
+            PICKS=pairs.picks, NONE=NONE, G=g, F=width, BT=bt, num_warps=4,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["documents", "chunk"])
+def _backward(
+    q, k, k_rest, v, do, lse, delta, gate, dq, dk, dv, keys, order, starts, tokens, documents, scale, chunk, blocks, base,
+    q_t, q_h, k_h, v_h, do_t, do_h, lse_t, lse_h, slots,
+    G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr, PICKS: tl.constexpr, SLC: tl.constexpr,
+    BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    key0, _, i, end = _run(starts, chunk, blocks, RUN)
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    row, e, f, column = tl.arange(0, BM * G), tl.arange(0, E), tl.arange(0, F), tl.arange(0, SLC)
+    e2 = tl.arange(0, E2 if E2 > 0 else 1)
+    head = group * G + row % G
+    while i < end:
+        key = tl.load(keys + i)
+        stop = tl.minimum(end, tl.load(starts + key + 1))
+        _, start, _, place = locate(key - key0, tokens, documents, SLC)
+        k1 = k.load([start + place, group * k_h])
+        k2 = k1
+        dk2 = tl.zeros([SLC, E2 if E2 > 0 else 1], tl.float32)
+        if E2 > 0:
+            k2 = k_rest.load([start + place, group * k_h + E])
+        values = v.load([start + place, group * v_h])
+        dk1, dv1 = tl.zeros([SLC, E], tl.float32), tl.zeros([SLC, F], tl.float32)
+        for j in tl.range(i, stop, BM):
+            there = j + row // G < stop
+            pair = tl.load(order + j + row // G, mask=there, other=0)
+            token = pair // (groups * PICKS)
+            at_q = q + token * q_t + head * q_h
+            q1 = tl.load(at_q[:, None] + e[None, :], mask=there[:, None], other=0.0)
+            s = tl.dot(k1, tl.trans(q1), input_precision=EXACT)  # [keys, rows]
+            if E2 > 0:
+                q2 = tl.load(at_q[:, None] + E + e2[None, :], mask=there[:, None], other=0.0)
+                s = tl.dot(k2, tl.trans(q2), s, input_precision=EXACT)
+            g_out = tl.load((do + token * do_t + head * do_h)[:, None] + f[None, :], mask=there[:, None], other=0.0)
+            at_s = token * lse_t + head * lse_h
+            shift = tl.load(lse + at_s, mask=there, other=float("inf"))
+            drop = tl.load(delta + at_s, mask=there, other=0.0)
+            weight = tl.load(gate + at_s, mask=there, other=0.0)
+            p = tl.exp2(s * scale - shift[None, :]) * weight[None, :]
+            dv1 = tl.dot(p.to(g_out.dtype), g_out, dv1, input_precision=EXACT)
+            dp = tl.dot(values, tl.trans(g_out), input_precision=EXACT)
+            ds = (p * (dp - drop[None, :])).to(q1.dtype)
+            dk1 = tl.dot(ds, q1, dk1, input_precision=EXACT)
+            back = tl.trans(ds)
+            at_o = dq + ((pair - base) * G + row % G) * (E + E2)
+            part = tl.dot(back, k1, input_precision=EXACT)
+            tl.store(at_o[:, None] + e[None, :], part.to(dq.dtype.element_ty), mask=there[:, None])
+            if E2 > 0:
+                dk2 = tl.dot(ds, q2, dk2, input_precision=EXACT)
+                part = tl.dot(back, k2, input_precision=EXACT)
+                tl.store(at_o[:, None] + E + e2[None, :], part.to(dq.dtype.element_ty), mask=there[:, None])
+        # Run and block both only grow: their sum is a slot that no other stretch has.
+        slot = (group * slots + tl.program_id(0) + key - key0).to(tl.int64) * SLC + column
+        tl.store((dk + slot * (E + E2))[:, None] + e[None, :], dk1)
+        if E2 > 0:
+            tl.store((dk + slot * (E + E2))[:, None] + E + e2[None, :], dk2)
+        tl.store((dv + slot * F)[:, None] + f[None, :], dv1)
+        i = stop
+
+
+@triton.jit
+def _merge_queries(
+    chosen, part, dq, first, n, groups, scale, PICKS: tl.constexpr, NONE: tl.constexpr,
+    G: tl.constexpr, E: tl.constexpr, W: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Adds to dq the parts of BT queries of one KV head."""
+    row, e = tl.arange(0, BT * G), tl.arange(0, W)
+    local, group = tl.program_id(0) * BT + row // G, tl.program_id(1)
+    there = first + local < n
+    pair = (local * groups + group).to(tl.int64) * PICKS
+    at = ((first + local) * groups + group).to(tl.int64)
+    acc = tl.zeros([BT * G, W], tl.float32)
+    for r in tl.range(0, PICKS):
+        some = there & (tl.load(chosen + at * PICKS + r, mask=there, other=NONE) != NONE)
+        at_p = part + ((pair + r) * G + row % G) * E
+        acc += tl.load(at_p[:, None] + e[None, :], mask=some[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
+    out = (dq + (at * G + row % G) * E)[:, None] + e[None, :]
+    mask = there[:, None] & (e < E)[None, :]
+    acc = acc * scale + tl.load(out, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out, acc.to(dq.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["documents", "chunk"])
+def _merge_keys(
+    part, d, starts, tokens, documents, chunk, scale, slots,
+    E: tl.constexpr, W: tl.constexpr, SLC: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Adds to d [n, h_kv, E], in fp32, the parts of one block and KV head."""
+    block, group, blocks, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
+    key = (chunk * groups + group) * blocks
+    first, begin, end = tl.load(starts + key), tl.load(starts + key + block), tl.load(starts + key + block + 1)
+    if begin >= end:
+        return
+    _, start, _, place = locate(block, tokens, documents, SLC)
+    row, e = tl.arange(0, SLC), tl.arange(0, W)
+    at = (d + ((start + place + row).to(tl.int64) * groups + group) * E)[:, None] + e[None, :]
+    real = (e < E)[None, :] & (row >= 0)[:, None]
+    acc = tl.zeros([SLC, W], tl.float32)
+    for run in tl.range((begin - first) // RUN, (end - 1 - first) // RUN + 1):
+        slot = (group * slots + run + block).to(tl.int64) * SLC + row
+        acc += tl.load((part + slot * E)[:, None] + e[None, :], mask=real, other=0.0)
+    tl.store(at, tl.load(at, mask=real, other=0.0) + acc * scale, mask=real)
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, pairs: Pairs, documents: Documents, slc: int,
+) -> None:  # fmt: skip
+    """Adds to dq [n, h, dk] in its dtype, and to dk [n, h_kv, dk] and dv [n, h_kv, dv] in fp32.
+
+    do [n, h, dv] is the gradient of the gated output, gate [n, h] the branch's gate, delta [n, h] the product <do, o> of
+    the branch's whole output, lse [n, h] its log-sum-exp: fp32, strided alike.
+    """
+    n, heads, e = q.shape
+    groups, width, g = k.shape[1], v.shape[2], heads // k.shape[1]
+    e1, e2 = halves(e)
+    size = min(pairs.chunk, n)
+    runs = triton.cdiv(size * pairs.picks, RUN)
+    part = q.new_empty(size, groups, pairs.picks, g, e)
+    dk_part = k.new_empty(groups, runs + pairs.blocks, slc, e, dtype=torch.float32)
+    dv_part = v.new_empty(groups, runs + pairs.blocks, slc, width, dtype=torch.float32)
+    how, bt = BACKWARD[q.element_size()], max(1, 64 // g)
+    scale = e**-0.5
+    for c, first in enumerate(range(0, n, pairs.chunk)):
+        count = min(pairs.chunk, n - first)
+        _backward[triton.cdiv(count * pairs.picks, RUN), groups](
+            q, *columns(k, slc), columns(v, slc)[0], do, lse, delta, gate, part, dk_part, dv_part, pairs.keys, pairs.order, pairs.starts,
+            documents.tokens, documents.count, scale * LOG2E, c, pairs.blocks, first * groups * pairs.picks,
+            *q.stride()[:2], k.stride(1), v.stride(1), *do.stride()[:2], *lse.stride(),
+            runs + pairs.blocks, G=g, E=e1, E2=e2, F=width, PICKS=pairs.picks, SLC=slc, BM=how.queries(g), RUN=RUN,
+            EXACT=precision(q), **how.options,
+        )  # fmt: skip
+        _merge_queries[triton.cdiv(count, bt), groups](
+            pairs.chosen, part, dq, first, n, groups, scale,
+            PICKS=pairs.picks, NONE=NONE, G=g, E=e, W=triton.next_power_of_2(e), BT=bt, num_warps=4,
+        )  # fmt: skip
+        for one, whole, factor in ((dk_part, dk, scale), (dv_part, dv, 1.0)):
+            w = whole.shape[2]
+            _merge_keys[pairs.blocks, groups](
+                one, whole, pairs.starts, documents.tokens, documents.count, c, factor, runs + pairs.blocks,
+                E=w, W=triton.next_power_of_2(w), SLC=slc, RUN=RUN, num_warps=4,
+            )  # fmt: skip
