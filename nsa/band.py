@@ -20,9 +20,9 @@ from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, locate, 
 FAR = tl.constexpr(1 << 30)
 
 # By bytes of an element; those for 16 bits were timed on an H200.
-FORWARD = {2: Launch(128, 64, 4, 2), 4: Launch(64, 32, 4, 2)}
-QUERIES = {2: Launch(128, 64, 8, 2), 4: Launch(64, 16, 4, 2)}
-KEYS = {2: Launch(64, 128, 8, 2), 4: Launch(32, 32, 4, 1)}
+FORWARD = {2: Launch(64, 64, 4, 3), 4: Launch(64, 32, 4, 2)}
+QUERIES = {2: Launch(64, 64, 4, 3), 4: Launch(64, 16, 4, 2)}
+KEYS = {2: Launch(64, 64, 4, 2), 4: Launch(32, 32, 4, 1)}
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _forward(
         E, E2, F, BN, True, EXACT,
     )  # fmt: skip
     some, there = total > 0, t < length
-    acc = acc / tl.where(some, total, 1.0)[:, None]
+    acc = acc * (1.0 / tl.where(some, total, 1.0))[:, None]
     token = (start + t).to(tl.int64)
     out = (o + (token * heads + head) * F)[:, None] + tl.arange(0, F)[None, :]
     tl.store(out, acc.to(o.dtype.element_ty), mask=there[:, None])
@@ -225,7 +225,9 @@ def _keys_step(
     """Adds to the gradients of a tile of keys what the queries [begin, end) with GS heads each send them."""
     row = tl.arange(0, BQ * GS)
     offset = row // GS * lse_t + (head + row % GS) * lse_h
-    for i in tl.range(begin, end, BQ):
+    steps = (end - begin + BQ - 1) // BQ
+    for step in tl.range(0, steps):  # backwards: tiles of keys start together at the last query and share what they read
+        i = begin + (steps - 1 - step) * BQ
         q1 = q.load([origin + i, head, 0]).reshape(BQ * GS, E)
         s = tl.dot(k, q1.T, input_precision=EXACT)  # [keys, rows]
         if E2 > 0:
@@ -258,8 +260,8 @@ def _backward_keys(
     L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    group, split = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
-    document, first, count, place = locate(tl.program_id(1), keys, documents, BN)  # tile 0 has the most queries
+    group, split = tl.program_id(1) // SPLIT, tl.program_id(1) % SPLIT
+    document, first, count, place = locate(tl.program_id(0), keys, documents, BN)  # tile 0 has the most queries
     if place >= count:
         return
     GS: tl.constexpr = G // SPLIT
@@ -285,7 +287,7 @@ def _backward_keys(
     head = group * G + split * GS
     # Rows of keys past the last one hold what nobody stores.
     dk1, dk2, dv1 = _keys_step(
-        dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, lse, delta, gate, lse_t, lse_h, start, head, begin, left, end, key,
+        dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, lse, delta, gate, lse_t, lse_h, start, head, inner, end, end, key,
         scale, GS, E, E2, F, L, D, A, N, BQ, True, EXACT,
     )  # fmt: skip
     dk1, dk2, dv1 = _keys_step(
@@ -293,7 +295,7 @@ def _backward_keys(
         scale, GS, E, E2, F, L, D, A, N, BQ, False, EXACT,
     )  # fmt: skip
     dk1, dk2, dv1 = _keys_step(
-        dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, lse, delta, gate, lse_t, lse_h, start, head, inner, end, end, key,
+        dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, lse, delta, gate, lse_t, lse_h, start, head, begin, left, end, key,
         scale, GS, E, E2, F, L, D, A, N, BQ, True, EXACT,
     )  # fmt: skip
     there = (key < count)[:, None]
@@ -376,7 +378,7 @@ def backward_keys(
     dk = k.new_empty(split, m, groups, e, dtype=torch.float32 if split > 1 else dtype)
     dv = v.new_empty(split, m, groups, v.shape[2], dtype=dk.dtype)
     bq, bn = how.queries(shape["G"] // split), how.columns
-    _backward_keys[groups * split, m // bn + documents.count](
+    _backward_keys[m // bn + documents.count, groups * split](
         *boxes(q, bq, shape["G"] // split), *columns(k, bn), columns(v, bn)[0], boxes(do, bq, shape["G"] // split)[0],
         lse, delta, gate, dk, dv, documents.tokens, _keys(documents, band), documents.count, e**-0.5 * LOG2E,
         k.stride(1), v.stride(1), groups, *lse.stride(), dk.stride(0), **shape, SPLIT=split, BQ=bq, BN=bn, **how.options,

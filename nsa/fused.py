@@ -108,7 +108,7 @@ def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates_, cu_seqlens, numbers):
     blocks = n // sizes.l_slc + len(cu_seqlens) - 1
     keys = q.new_empty(n * groups * picks, dtype=torch.int32)
     starts = q.new_empty(-(-n // chunk) * groups * blocks + 1, dtype=torch.int32)
-    return o, *out, keys, keys.long(), starts, keys.new_empty(n, groups, picks)
+    return o, *out, keys, torch.empty_like(keys), starts, keys.new_empty(n, groups, picks)
 
 
 @torch.library.custom_op("sparsetron::nsa_backward", mutates_args=())
@@ -123,18 +123,18 @@ def _nsa_backward(
     q, do = rows(q), rows(do)
     kv = {name: (rows(k), rows(v)) for name, k, v in _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)}
     out = {name: (saved[2 * i], saved[2 * i + 1]) for i, name in enumerate(NAMES)}
-    dq, dgates = q.new_empty(q.shape), torch.empty_like(gates_, memory_format=torch.contiguous_format)
+    outputs, lses = [out[name][0] for name in branches], [out[name][1] for name in branches]
+    dgates, deltas, weights = gates.products(do, outputs, lses, gates_.contiguous())
+    dq = q.new_empty(q.shape)
     grads = {name: (q.new_empty(0), q.new_empty(0)) for name in NAMES}
     for c, name in enumerate(branches):
-        o, lse = out[name]
-        delta, weight = gates.product(do, o, gates_[..., c], lse, dgates[..., c])
-        args = (q, *kv[name], do, lse, delta, weight)
+        args = (q, *kv[name], do, lses[c], deltas[c], weights[c])
         rule = _bands(sizes)[name]
         band.backward_queries(*args, dq, c > 0, documents, rule)
         chosen = name == "slc" and sizes.n > sizes.local
         dk, dv = band.backward_keys(*args, documents, rule, torch.float32 if chosen else q.dtype)
         if chosen:
-            chunk = _chunk(q, o.shape[2], sizes.n - sizes.local)
+            chunk = _chunk(q, do.shape[2], sizes.n - sizes.local)
             pairs = picked.Pairs(*saved[6:], chunk, documents.tiles(sizes.l_slc))
             picked.backward(*args, dq, dk, dv, pairs, documents, sizes.l_slc)
         grads[name] = dk.to(q.dtype), dv.to(q.dtype)

@@ -27,21 +27,31 @@ def _sum(o1, o2, o3, gates, out, count, F: tl.constexpr, BRANCHES: tl.constexpr,
 
 
 @triton.jit
-def _product(
-    do, o, gates, dgates, delta, weight, count, heads, do_t, do_h, delta_t, delta_h, gate_t, gate_h, branches,
-    F: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    row, f = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64), tl.arange(0, F)
-    there = row < count
-    token, head = row // heads, row % heads
-    a = tl.load((do + token * do_t + head * do_h)[:, None] + f[None, :], mask=there[:, None], other=0.0)
-    b = tl.load((o + row * F)[:, None] + f[None, :], mask=there[:, None], other=0.0)
-    dot = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
-    to = token * delta_t + head * delta_h
+def _branch(do, o, gate, dgate, delta, weight, row, there, to, F: tl.constexpr):
+    """What backward needs of one branch: <do, o> and the gate, in fp32."""
+    f = tl.arange(0, F)
+    dot = tl.sum(do * tl.load((o + row * F)[:, None] + f[None, :], mask=there[:, None], other=0.0).to(tl.float32), 1)
     tl.store(delta + to, dot, mask=there)
-    gate = tl.load(gates + token * gate_t + head * gate_h, mask=there, other=0.0)
-    tl.store(weight + to, gate.to(tl.float32), mask=there)
-    tl.store(dgates + row * branches, dot.to(dgates.dtype.element_ty), mask=there)
+    tl.store(weight + to, tl.load(gate, mask=there, other=0.0).to(tl.float32), mask=there)
+    tl.store(dgate, dot.to(dgate.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _products(
+    do, gates, dgates, o1, o2, o3, delta1, delta2, delta3, weight1, weight2, weight3,
+    count, heads, do_t, do_h, t1, h1, t2, h2, t3, h3, F: tl.constexpr, BRANCHES: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    there = row < count
+    token, head, row = (row // heads).to(tl.int64), row % heads, row.to(tl.int64)
+    at = (do + token * do_t + head * do_h)[:, None] + tl.arange(0, F)[None, :]
+    d = tl.load(at, mask=there[:, None], other=0.0).to(tl.float32)
+    gate, dgate = gates + row * BRANCHES, dgates + row * BRANCHES
+    _branch(d, o1, gate, dgate, delta1, weight1, row, there, token * t1 + head * h1, F)
+    if BRANCHES > 1:
+        _branch(d, o2, gate + 1, dgate + 1, delta2, weight2, row, there, token * t2 + head * h2, F)
+    if BRANCHES > 2:
+        _branch(d, o3, gate + 2, dgate + 2, delta3, weight3, row, there, token * t3 + head * h3, F)
 
 
 def gated_sum(outputs: list[Tensor], gates: Tensor) -> Tensor:
@@ -54,16 +64,18 @@ def gated_sum(outputs: list[Tensor], gates: Tensor) -> Tensor:
     return out
 
 
-def product(do: Tensor, o: Tensor, gate: Tensor, lse: Tensor, dgate: Tensor) -> tuple[Tensor, Tensor]:
-    """(<do, o>, gate), each [n, h] fp32 and strided like lse; the first also goes to dgate, a column of [n, h, branches].
+def products(do: Tensor, outputs: list[Tensor], lses: list[Tensor], gates: Tensor) -> tuple[Tensor, list, list]:
+    """dgates [n, h, branches]; and of each branch <do, o> and the gate, [n, h] fp32, strided like its lse.
 
-    do and o [n, h, dv], o contiguous; gate [n, h].
+    do [n, h, dv]; outputs [n, h, dv] and gates [n, h, branches] contiguous.
     """
-    n, heads, width = o.shape
-    delta, weight = torch.empty_like(lse), torch.empty_like(lse)
-    br = max(1, 4096 // width)
-    _product[triton.cdiv(n * heads, br),](
-        do, o, gate, dgate, delta, weight, n * heads, heads, *do.stride()[:2], *delta.stride(), *gate.stride(),
-        dgate.stride(1), F=width, BR=br, num_warps=4,
+    n, heads, width = do.shape
+    dgates = torch.empty_like(gates)
+    deltas, weights = ([torch.empty_like(x) for x in lses] for _ in range(2))
+    three = [(x + x[:1] * 2)[:3] for x in (outputs, deltas, weights)]
+    br = max(1, 2048 // width)
+    _products[triton.cdiv(n * heads, br),](
+        do, gates, dgates, *three[0], *three[1], *three[2], n * heads, heads, *do.stride()[:2],
+        *(s for x in three[1] for s in x.stride()), F=width, BRANCHES=len(outputs), BR=br, num_warps=4,
     )  # fmt: skip
-    return delta, weight
+    return dgates, deltas, weights

@@ -18,8 +18,8 @@ from nsa.score import NONE
 from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, precision
 
 RUN = 256  # pairs of a program
-FORWARD = {2: Launch(128, 0, 4, 3), 4: Launch(64, 0, 4, 1)}  # by bytes of an element; a tile's keys are one block
-BACKWARD = {2: Launch(128, 0, 8, 2), 4: Launch(32, 0, 8, 1)}
+FORWARD = {2: Launch(64, 0, 4, 1), 4: Launch(64, 0, 4, 1)}  # by bytes of an element; a tile's keys are one block
+BACKWARD = {2: Launch(64, 0, 4, 2), 4: Launch(32, 0, 8, 1)}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Pairs:
     """All pairs in order of (chunk, KV head, block)."""
 
     keys: Tensor  # [n * h_kv * picks] int32, sorted
-    order: Tensor  # the same places: which pair, (token * h_kv + KV head) * picks + pick, int64
+    order: Tensor  # the same places: which pair, (token * h_kv + KV head) * picks + pick, int32
     starts: Tensor  # [chunks * h_kv * blocks + 1] int32: where the pairs of a key start
     chosen: Tensor  # [n, h_kv, picks] int32: the keys as they were chosen
     chunk: int  # tokens of a chunk
@@ -43,7 +43,7 @@ def sort(chosen: Tensor, chunk: int, blocks: int) -> Pairs:
     n, groups, _ = chosen.shape
     keys, order = torch.sort(chosen.flatten(), stable=True)
     every = torch.arange(triton.cdiv(n, chunk) * groups * blocks + 1, dtype=torch.int32, device=chosen.device)
-    return Pairs(keys, order, torch.searchsorted(keys, every, out_int32=True), chosen, chunk, blocks)
+    return Pairs(keys, order.int(), torch.searchsorted(keys, every, out_int32=True), chosen, chunk, blocks)
 
 
 @triton.jit
@@ -59,11 +59,11 @@ def _run(starts, chunk, blocks, RUN: tl.constexpr):
 def _forward(
     q, k, k_rest, v, o, lse, keys, order, starts, tokens, documents, scale, chunk, blocks, base,
     q_t, q_h, k_h, v_h,
-    G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr, PICKS: tl.constexpr, SLC: tl.constexpr,
-    BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
+    G: tl.constexpr, GROUPS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    PICKS: tl.constexpr, SLC: tl.constexpr, BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     key0, _, i, end = _run(starts, chunk, blocks, RUN)
-    group, groups = tl.program_id(1), tl.num_programs(1)
+    group = tl.program_id(1)
     row, e, f = tl.arange(0, BM * G), tl.arange(0, E), tl.arange(0, F)
     q += group * G * q_h
     while i < end:
@@ -77,7 +77,7 @@ def _forward(
         for j in tl.range(i, stop, BM):
             there = j + row // G < stop
             pair = tl.load(order + j + row // G, mask=there, other=0)
-            token = pair // (groups * PICKS)
+            token = (pair // (GROUPS * PICKS)).to(tl.int64)
             at_q = q + token * q_t + row % G * q_h
             q1 = tl.load(at_q[:, None] + e[None, :], mask=there[:, None], other=0.0)
             s = tl.dot(q1, k1.T, input_precision=EXACT)
@@ -87,8 +87,8 @@ def _forward(
             peak = tl.max(s, 1) * scale
             p = tl.exp2(s * scale - peak[:, None])
             total = tl.sum(p, 1)
-            out = tl.dot(p.to(values.dtype), values, input_precision=EXACT) / total[:, None]
-            at_o = (pair - base) * G + row % G
+            out = tl.dot(p.to(values.dtype), values, input_precision=EXACT) * (1.0 / total)[:, None]
+            at_o = ((pair - base) * G + row % G).to(tl.int64)
             tl.store(lse + at_o, peak + tl.log2(total), mask=there)
             tl.store((o + at_o * F)[:, None] + f[None, :], out.to(o.dtype.element_ty), mask=there[:, None])
         i = stop
@@ -96,33 +96,31 @@ def _forward(
 
 @triton.jit
 def _merge(
-    chosen, o_part, lse_part, o, lse, first, n, groups, PICKS: tl.constexpr, NONE: tl.constexpr,
+    chosen, o_part, lse_part, o, lse, first, n, groups, PICKS: tl.constexpr, P: tl.constexpr, NONE: tl.constexpr,
     G: tl.constexpr, F: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Joins the pairs of BT queries of one KV head with what o and lse hold, in place."""
-    row, f = tl.arange(0, BT * G), tl.arange(0, F)
+    row, f, pick = tl.arange(0, BT * G), tl.arange(0, F), tl.arange(0, P)
     local, group = tl.program_id(0) * BT + row // G, tl.program_id(1)
     there = first + local < n
     pair = (local * groups + group).to(tl.int64) * PICKS
     at = ((first + local) * groups + group).to(tl.int64)
-    peak = tl.load(lse + at * G + row % G, mask=there, other=float("-inf"))
-    acc = tl.load((o + (at * G + row % G) * F)[:, None] + f[None, :], mask=there[:, None], other=0.0).to(tl.float32)
-    total = tl.where(there, 1.0, 0.0)
-    for r in tl.range(0, PICKS):
-        some = there & (tl.load(chosen + at * PICKS + r, mask=there, other=NONE) != NONE)
+    some = there[:, None] & (pick < PICKS)[None, :]
+    some &= tl.load(chosen + at[:, None] * PICKS + pick[None, :], mask=some, other=NONE) != NONE
+    logs = tl.load(lse_part + (pair[:, None] + pick[None, :]) * G + (row % G)[:, None], mask=some, other=float("-inf"))
+    near = tl.load(lse + at * G + row % G, mask=there, other=0.0)
+    peak = tl.maximum(near, tl.max(logs, 1))
+    whole = peak + tl.log2(tl.exp2(near - peak) + tl.sum(tl.exp2(logs - peak[:, None]), 1))
+    to_o = (o + (at * G + row % G) * F)[:, None] + f[None, :]
+    acc = tl.load(to_o, mask=there[:, None], other=0.0).to(tl.float32) * tl.exp2(near - whole)[:, None]
+    for r in tl.static_range(PICKS):
+        real = there & (tl.load(chosen + at * PICKS + r, mask=there, other=NONE) != NONE)
         part = (pair + r) * G + row % G
-        log = tl.load(lse_part + part, mask=some, other=float("-inf"))
-        values = tl.load((o_part + part * F)[:, None] + f[None, :], mask=some[:, None], other=0.0)
-        top = tl.maximum(peak, log)
-        shift = tl.where(there, top, 0.0)
-        shrink, weight = tl.exp2(peak - shift), tl.exp2(log - shift)
-        acc = acc * shrink[:, None] + values.to(tl.float32) * weight[:, None]
-        total = total * shrink + weight
-        peak = top
-    total = tl.where(there, total, 1.0)
-    tl.store(lse + at * G + row % G, peak + tl.log2(total), mask=there)
-    out = (o + (at * G + row % G) * F)[:, None] + f[None, :]
-    tl.store(out, (acc / total[:, None]).to(o.dtype.element_ty), mask=there[:, None])
+        weight = tl.exp2(tl.load(lse_part + part, mask=real, other=float("-inf")) - whole)
+        values = tl.load((o_part + part * F)[:, None] + f[None, :], mask=real[:, None], other=0.0)
+        acc += values.to(tl.float32) * weight[:, None]
+    tl.store(lse + at * G + row % G, whole, mask=there)
+    tl.store(to_o, acc.to(o.dtype.element_ty), mask=there[:, None])
 
 
 def forward(
@@ -137,19 +135,19 @@ def forward(
     e1, e2 = halves(e)
     o_part = q.new_empty(min(pairs.chunk, n), groups, pairs.picks, g, width)
     lse_part = q.new_empty(o_part.shape[:-1], dtype=torch.float32)
-    how, bt = FORWARD[q.element_size()], max(1, 64 // g)
+    how, bt = FORWARD[q.element_size()], max(1, 16 // g)
     for c, first in enumerate(range(0, n, pairs.chunk)):
         count = min(pairs.chunk, n - first)
         _forward[triton.cdiv(count * pairs.picks, RUN), groups](
             q, *columns(k, slc), columns(v, slc)[0], o_part, lse_part, pairs.keys, pairs.order, pairs.starts, documents.tokens, documents.count,
             e**-0.5 * LOG2E, c, pairs.blocks, first * groups * pairs.picks,
             *q.stride()[:2], k.stride(1), v.stride(1),
-            G=g, E=e1, E2=e2, F=width, PICKS=pairs.picks, SLC=slc, BM=how.queries(g), RUN=RUN,
+            G=g, GROUPS=groups, E=e1, E2=e2, F=width, PICKS=pairs.picks, SLC=slc, BM=how.queries(g), RUN=RUN,
             EXACT=precision(q), **how.options,
         )  # fmt: skip
         _merge[triton.cdiv(count, bt), groups](
             pairs.chosen, o_part, lse_part, o, lse, first, n, groups,
-            PICKS=pairs.picks, NONE=NONE, G=g, F=width, BT=bt, num_warps=4,
+            PICKS=pairs.picks, P=triton.next_power_of_2(pairs.picks), NONE=NONE, G=g, F=width, BT=bt, num_warps=4,
         )  # fmt: skip
 
 
@@ -157,11 +155,11 @@ def forward(
 def _backward(
     q, k, k_rest, v, do, lse, delta, gate, dq, dk, dv, keys, order, starts, tokens, documents, scale, chunk, blocks, base,
     q_t, q_h, k_h, v_h, do_t, do_h, lse_t, lse_h, slots,
-    G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr, PICKS: tl.constexpr, SLC: tl.constexpr,
-    BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
+    G: tl.constexpr, GROUPS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    PICKS: tl.constexpr, SLC: tl.constexpr, BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     key0, _, i, end = _run(starts, chunk, blocks, RUN)
-    group, groups = tl.program_id(1), tl.num_programs(1)
+    group = tl.program_id(1)
     row, e, f, column = tl.arange(0, BM * G), tl.arange(0, E), tl.arange(0, F), tl.arange(0, SLC)
     e2 = tl.arange(0, E2 if E2 > 0 else 1)
     head = group * G + row % G
@@ -179,7 +177,7 @@ def _backward(
         for j in tl.range(i, stop, BM):
             there = j + row // G < stop
             pair = tl.load(order + j + row // G, mask=there, other=0)
-            token = pair // (groups * PICKS)
+            token = (pair // (GROUPS * PICKS)).to(tl.int64)
             at_q = q + token * q_t + head * q_h
             q1 = tl.load(at_q[:, None] + e[None, :], mask=there[:, None], other=0.0)
             s = tl.dot(k1, tl.trans(q1), input_precision=EXACT)  # [keys, rows]
@@ -197,7 +195,7 @@ def _backward(
             ds = (p * (dp - drop[None, :])).to(q1.dtype)
             dk1 = tl.dot(ds, q1, dk1, input_precision=EXACT)
             back = tl.trans(ds)
-            at_o = dq + ((pair - base) * G + row % G) * (E + E2)
+            at_o = dq + ((pair - base) * G + row % G).to(tl.int64) * (E + E2)
             part = tl.dot(back, k1, input_precision=EXACT)
             tl.store(at_o[:, None] + e[None, :], part.to(dq.dtype.element_ty), mask=there[:, None])
             if E2 > 0:
@@ -237,24 +235,27 @@ def _merge_queries(
 
 @triton.jit(do_not_specialize=["documents", "chunk"])
 def _merge_keys(
-    part, d, starts, tokens, documents, chunk, scale, slots,
-    E: tl.constexpr, W: tl.constexpr, SLC: tl.constexpr, RUN: tl.constexpr,
+    dk_part, dv_part, dk, dv, starts, tokens, documents, chunk, scale, slots,
+    E: tl.constexpr, F: tl.constexpr, W: tl.constexpr, SLC: tl.constexpr, RUN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Adds to d [n, h_kv, E], in fp32, the parts of one block and KV head."""
+    """Adds to dk and dv, in fp32, the parts of BR tokens of one block and KV head."""
     block, group, blocks, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
     key = (chunk * groups + group) * blocks
     first, begin, end = tl.load(starts + key), tl.load(starts + key + block), tl.load(starts + key + block + 1)
     if begin >= end:
         return
     _, start, _, place = locate(block, tokens, documents, SLC)
-    row, e = tl.arange(0, SLC), tl.arange(0, W)
-    at = (d + ((start + place + row).to(tl.int64) * groups + group) * E)[:, None] + e[None, :]
+    row, e, f = tl.program_id(2) * BR + tl.arange(0, BR), tl.arange(0, W), tl.arange(0, F)
+    at = (start + place + row).to(tl.int64) * groups + group
+    to_k, to_v = (dk + at * E)[:, None] + e[None, :], (dv + at * F)[:, None] + f[None, :]
     real = (e < E)[None, :] & (row >= 0)[:, None]
-    acc = tl.zeros([SLC, W], tl.float32)
+    sum_k, sum_v = tl.zeros([BR, W], tl.float32), tl.zeros([BR, F], tl.float32)
     for run in tl.range((begin - first) // RUN, (end - 1 - first) // RUN + 1):
         slot = (group * slots + run + block).to(tl.int64) * SLC + row
-        acc += tl.load((part + slot * E)[:, None] + e[None, :], mask=real, other=0.0)
-    tl.store(at, tl.load(at, mask=real, other=0.0) + acc * scale, mask=real)
+        sum_k += tl.load((dk_part + slot * E)[:, None] + e[None, :], mask=real, other=0.0)
+        sum_v += tl.load((dv_part + slot * F)[:, None] + f[None, :])
+    tl.store(to_k, tl.load(to_k, mask=real, other=0.0) + sum_k * scale, mask=real)
+    tl.store(to_v, tl.load(to_v) + sum_v)
 
 
 def backward(
@@ -274,7 +275,7 @@ def backward(
     part = q.new_empty(size, groups, pairs.picks, g, e)
     dk_part = k.new_empty(groups, runs + pairs.blocks, slc, e, dtype=torch.float32)
     dv_part = v.new_empty(groups, runs + pairs.blocks, slc, width, dtype=torch.float32)
-    how, bt = BACKWARD[q.element_size()], max(1, 64 // g)
+    how, bt = BACKWARD[q.element_size()], max(1, 16 // g)
     scale = e**-0.5
     for c, first in enumerate(range(0, n, pairs.chunk)):
         count = min(pairs.chunk, n - first)
@@ -282,16 +283,14 @@ def backward(
             q, *columns(k, slc), columns(v, slc)[0], do, lse, delta, gate, part, dk_part, dv_part, pairs.keys, pairs.order, pairs.starts,
             documents.tokens, documents.count, scale * LOG2E, c, pairs.blocks, first * groups * pairs.picks,
             *q.stride()[:2], k.stride(1), v.stride(1), *do.stride()[:2], *lse.stride(),
-            runs + pairs.blocks, G=g, E=e1, E2=e2, F=width, PICKS=pairs.picks, SLC=slc, BM=how.queries(g), RUN=RUN,
+            runs + pairs.blocks, G=g, GROUPS=groups, E=e1, E2=e2, F=width, PICKS=pairs.picks, SLC=slc, BM=how.queries(g), RUN=RUN,
             EXACT=precision(q), **how.options,
         )  # fmt: skip
         _merge_queries[triton.cdiv(count, bt), groups](
             pairs.chosen, part, dq, first, n, groups, scale,
             PICKS=pairs.picks, NONE=NONE, G=g, E=e, W=triton.next_power_of_2(e), BT=bt, num_warps=4,
         )  # fmt: skip
-        for one, whole, factor in ((dk_part, dk, scale), (dv_part, dv, 1.0)):
-            w = whole.shape[2]
-            _merge_keys[pairs.blocks, groups](
-                one, whole, pairs.starts, documents.tokens, documents.count, c, factor, runs + pairs.blocks,
-                E=w, W=triton.next_power_of_2(w), SLC=slc, RUN=RUN, num_warps=4,
-            )  # fmt: skip
+        _merge_keys[pairs.blocks, groups, slc // min(slc, 16)](
+            dk_part, dv_part, dk, dv, pairs.starts, documents.tokens, documents.count, c, scale, runs + pairs.blocks,
+            E=e, F=width, W=triton.next_power_of_2(e), SLC=slc, RUN=RUN, BR=min(slc, 16), num_warps=4,
+        )  # fmt: skip

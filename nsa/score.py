@@ -13,7 +13,7 @@ from torch import Tensor
 from configs.schema import Attention
 from nsa.tiles import LOG2E, Documents, Launch, boxes, halves, locate, precision
 
-SCORE = {2: Launch(128, 128, 8, 3), 4: Launch(64, 64, 8, 1)}  # by bytes of an element; rows are queries of one head
+SCORE = {2: Launch(64, 64, 4, 3), 4: Launch(64, 64, 8, 1)}  # by bytes of an element; rows are queries of one head
 CHOOSE = Launch(1, 0, 1, 1)
 CHUNK = 64  # tiles whose scores are in memory at once
 NONE = 2**31 - 1  # the key of no block, after all others in order
