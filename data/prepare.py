@@ -1,300 +1,288 @@
 """python -m data.prepare: documents in, WebDataset shards of tokens out.
 
-The output depends on the input and the options only, not on the number of workers. It is written beside the target and
-renamed when it is whole. Memory is bounded by one shard: tokens are spilled to a file per shard on the way.
+The output depends on the input and the options only, whatever the number of workers. It is made in OUTPUT.part and
+renamed when it is whole; the same command goes on where an earlier one was interrupted. Memory: a shard a worker.
 """
 
-import argparse
-import gzip
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
-import sysconfig
-import time
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 
 from configs.errors import DataError, RunError
-from data import tokenizer
-from data.shards import ShardEntry, read_manifest, write_manifest, write_shard
+from data import command, documents, index, tokenizer
+from data.documents import Odd, Portion
+from data.shards import ShardEntry, describe, read_manifest, write_manifest, write_shard
+from data.spill import RUN, SPACE, Encoded, Runs, key
 
-SAMPLE = 32 << 20  # bytes of text that a vocabulary is trained on
-BATCH = 1 << 20  # bytes of text that a worker gets at once
-BYTES_A_TOKEN = 3.0  # a guess on the low side: it decides the number of shards before anything is tokenized
-HEADER = np.dtype([("digest", "<u8"), ("index", "<u8"), ("tokens", "<u8")])
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and where it is from; a file is read by the worker that tokenizes it."""
-
-    name: str
-    size: int  # bytes, about
-    path: Optional[Path] = None
-    text: Optional[str] = None
-
-    def read(self) -> str:
-        """The text; empty for a binary file. Raises DataError."""
-        if self.path is None:
-            return self.text or ""
-        try:
-            raw = self.path.read_bytes()
-        except OSError as e:
-            raise DataError("input", self.path, f"cannot be read ({e.strerror})", "fix or leave it out") from e
-        return "" if b"\0" in raw else raw.decode("utf-8", "replace")
+SAMPLE = 32 << 20  # letters of text that a vocabulary is trained on
+PLAN = "plan.json"  # in OUTPUT.part: the options, and which input they were given
 
 
-def documents(inputs: list[str], include: str, field: str, limit: Optional[int]) -> Iterator[Document]:
-    """The input's documents in a fixed order. `limit` in bytes keeps a part that is chosen by hash of the names."""
-    paths = [p for name in inputs for p in _files(name, include)]
-    if limit is not None:
-        paths, chosen, total = sorted(paths, key=lambda p: hashlib.sha256(p[0].encode()).digest()), [], 0
-        for name, path in paths:
-            if total < limit:
-                chosen.append((name, path))
-                total += path.stat().st_size
-        paths = sorted(chosen)
-    for name, path in paths:
-        if path.suffixes[-1:] == [".jsonl"] or path.suffixes[-2:] == [".jsonl", ".gz"]:
-            yield from _jsonl(name, path, field)
-        else:
-            yield Document(name, path.stat().st_size, path=path)
+def main(argv: Optional[list[str]] = None) -> int:
+    """Returns the exit code. `argv` replaces the command line."""
+    p, number = command.options("python -m data.prepare", __doc__), command.number
+    p.add_argument("--input", nargs="+", required=True, help="files and directories (text, source trees, .jsonl, "
+                   ".jsonl.gz, .jsonl.zst, .parquet), or stdlib")  # fmt: skip
+    p.add_argument("--output", required=True, help="directory to make")
+    p.add_argument("--tokenizer", default="bpe:8192", help="gpt2, cl100k_base, o200k_base, bpe:SIZE or a rank file")
+    p.add_argument("--workers", type=number(int, 1), default=os.cpu_count() or 1, help="processes that tokenize")
+    p.add_argument("--include", default="*", help="pattern of the file names taken from directories")
+    p.add_argument("--field", default="text", help="field of a .jsonl line, or column of .parquet, that has the text")
+    p.add_argument("--limit-mb", type=number(float, 0), help="take about this much of the files")
+    p.add_argument("--val-fraction", type=number(float, 0, 1), default=0.02, help="share of documents to hold out")
+    p.add_argument("--shard-tokens", type=number(int, 1), default=32 << 20, help="tokens of a shard, about")
+    p.add_argument("--drop-duplicates", action="store_true", help="keep one of each set of equal documents")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="of the order of documents")
+
+    def work() -> None:
+        args = vars(p.parse_args(argv))
+        output, workers = Path(args.pop("output")), args.pop("workers")
+        with _stoppable():
+            prepare(output, args, workers)
+
+    return command.run(work)
 
 
-def _files(name: str, include: str) -> list[tuple[str, Path]]:
-    """(name, path) of the files of one input; `stdlib` is the sources of the running interpreter's standard library."""
-    root = Path(sysconfig.get_paths()["stdlib"]) if name == "stdlib" else Path(name)
-    if root.is_file():
-        return [(root.name, root)]
-    if not root.is_dir():
-        raise DataError("input", name, "no such file or directory", "give files, directories, or stdlib")
-    found = (p for p in root.rglob("*.py" if name == "stdlib" else include) if p.is_file() and not p.is_symlink())
-    return sorted((str(p.relative_to(root)), p) for p in found if "site-packages" not in p.relative_to(root).parts)
+def prepare(output: Path, options: dict[str, Any], workers: int) -> None:
+    """Make the data set that the options describe. Raises RunError; what was read by then is kept."""
+    if output.exists():
+        if (output / "manifest.json").exists() and read_manifest(output).made_with == options:
+            print(f"{output} is already prepared with these options")
+            return
+        raise DataError("output", output, "exists and was not made with these options", "choose another --output")
+    limit = None if options["limit_mb"] is None else int(options["limit_mb"] * 1e6)
+    paths = documents.find(options["input"], options["include"], limit)
+    part = output.with_name(output.name + ".part")
+    try:
+        with _claimed(part, options, paths):
+            if not (part / "manifest.json").exists():
+                fill(part, options, paths, workers)
+            for path in [*part.glob("run-*"), *part.glob("*.tmp"), part / PLAN]:
+                path.unlink(missing_ok=True)
+            os.rename(part, output)
+    except OSError as e:
+        why = f"cannot be written ({e.strerror or e})"
+        raise DataError("output", e.filename or part, why, "give it space and permission, and start again") from e
+    except BrokenProcessPool as e:
+        raise RunError("worker", "", "was killed, maybe for want of memory", "start again with fewer --workers") from e
 
 
-def _jsonl(name: str, path: Path, field: str) -> Iterator[Document]:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = json.loads(line)[field]
-            except (ValueError, KeyError, TypeError) as e:
-                why = f"line {number} is no object with a text in {field} ({type(e).__name__})"
-                raise DataError("input", path, why, "fix the line, or name the field with --field") from e
-            yield Document(f"{name}:{number}", len(text), text=text)
+def encode(options: dict[str, Any], ranks: Optional[str], dtype: str, portion: Portion) -> tuple[Encoded, Odd]:
+    """Tokenize a portion of the input. Raises DataError."""
+    encoding, odd = tokenizer.load(options["tokenizer"], ranks), Odd()
+    keys, lengths, tokens = [], [], []
+    end = np.array([encoding.eot_token], dtype)
+    for text, raw in documents.texts(portion, options["field"], odd):
+        found = encoding.encode_to_numpy(text, disallowed_special=())
+        keys.append(key(raw, options["seed"]))
+        lengths.append(len(found) + 1)
+        tokens += (found, end)
+    table = np.frombuffer(b"".join(keys), ">u8").astype(np.uint64).reshape(-1, 2)
+    joined = np.concatenate(tokens, dtype=dtype, casting="unsafe") if tokens else np.empty(0, dtype)
+    return Encoded(table, np.array(lengths, np.int64), joined), odd
 
 
-def _encode(name: str, ranks: Optional[str], batch: list[Document]) -> list[tuple[int, np.ndarray]]:
-    """(digest of the text, tokens with the end-of-text token) of each document that is not empty."""
-    encoding, out = tokenizer.load(name, ranks), []
-    for text in (d.read() for d in batch):
-        if text:
-            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-            tokens = np.append(encoding.encode_to_numpy(text, disallowed_special=()), encoding.eot_token)
-            out.append((int.from_bytes(digest, "big"), tokens.astype(np.uint32)))
+def tokenize(pool: ProcessPoolExecutor, work: Callable, portions: Iterator[Portion], total: int, runs: Runs) -> Odd:
+    """Spill the tokens of the portions that no run has yet; returns what was odd in all. `total` is in bytes."""
+    done, size = runs.state.get("portions", 0), runs.state.get("bytes", 0)
+    odd, parts, held = Odd(**runs.state.get("odd", {})), [], 0
+    progress = command.Progress("tokenizing", "MB", total / 1e6, size / 1e6)
+    for portion, (made, strange) in ordered(pool, work, islice(portions, done, None)):
+        parts.append(made)
+        odd.add(strange)
+        done, size, held = done + 1, size + portion.size, held + made.tokens.nbytes
+        if held >= RUN:
+            runs.write(parts, {"portions": done, "bytes": size, "odd": vars(odd)})
+            parts, held = [], 0
+        progress.show(size / 1e6)
+    if held:
+        runs.write(parts, {"portions": done, "bytes": size, "odd": vars(odd)})
+    progress.end(size / 1e6)
+    return odd
+
+
+def write(directory: Path, dtype: str, unique: bool, shard: tuple[str, int, int]) -> Optional[ShardEntry]:
+    """Write one of the planned shards, if anything belongs into it and it is not there."""
+    path, (_, low, high) = directory / shard[0], shard
+    if path.exists():
+        return describe(path, index.build(path), dtype)
+    texts = Runs(directory, dtype).read(low, high, unique)
+    return write_shard(path, texts, dtype) if texts else None
+
+
+def plan(runs: Runs, val_fraction: float, shard_tokens: int) -> list[tuple[str, int, int]]:
+    """(path, low, high) of each shard to be: its documents are those with hashes in [low, high)."""
+    held_out, out = round(val_fraction * SPACE), []
+    for split, low, high in (("train", held_out, SPACE), ("val", 0, held_out)):
+        count = max(1, round(runs.tokens(low, high) / shard_tokens))
+        edges = [low + (high - low) * i // count for i in range(count + 1)]
+        out += [(f"{split}-{i:06d}.tar", edges[i], edges[i + 1]) for i in range(count)]
     return out
 
 
-def encoded(texts: Iterable[Document], name: str, ranks: Optional[str], workers: int) -> Iterator[tuple[int, Any]]:
-    """Tokenize on `workers` processes, in order, with few batches under way; yields (bytes, what _encode gave)."""
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        waiting: deque[tuple[int, Future]] = deque()
-        for batch in _batches(texts):
-            waiting.append((sum(d.size for d in batch), pool.submit(_encode, name, ranks, batch)))
-            if len(waiting) > 3 * workers:
-                size, future = waiting.popleft()
-                yield size, future.result()
-        for size, future in waiting:
-            yield size, future.result()
+def ordered(pool: ProcessPoolExecutor, work: Callable, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """(item, work(item)) in order, with few of them under way."""
+    waiting: deque[tuple[Any, Future]] = deque()
+    for item in items:
+        waiting.append((item, pool.submit(work, item)))
+        if len(waiting) > 3 * pool._max_workers:
+            item, future = waiting.popleft()
+            yield item, future.result()
+    for item, future in waiting:
+        yield item, future.result()
 
 
-def _batches(texts: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in texts:
-        batch.append(document)
-        size += document.size
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-class Spill:
-    """Tokenized documents on disk, one file for each shard to be."""
-
-    def __init__(self, directory: Path, shards: int, val_fraction: float, seed: int):
-        self.directory, self.shards, self.val_fraction, self.seed = directory, shards, val_fraction, seed
-        self.count = 0
-
-    def add(self, encoded: list[tuple[int, np.ndarray]]) -> None:
-        """Append each document to the shard that the hash of its text names: equal texts share a split."""
-        parts: dict[Path, list[bytes]] = {}
-        for digest, tokens in encoded:
-            mixed = hashlib.blake2b(b"%d %d" % (self.seed, digest), digest_size=16).digest()
-            held_out = int.from_bytes(mixed[:8], "big") < self.val_fraction * 2**64
-            shard = 0 if held_out else int.from_bytes(mixed[8:], "big") % self.shards
-            header = np.array((digest, self.count, len(tokens)), HEADER)
-            self.count += 1
-            path = self.directory / f"{'val' if held_out else 'train'}-{shard:06d}.spill"
-            parts.setdefault(path, []).append(header.tobytes() + tokens.tobytes())
-        for path, data in parts.items():
-            with open(path, "ab") as f:
-                f.write(b"".join(data))
-
-    def drain(self, dtype: str) -> dict[str, list[ShardEntry]]:
-        """Write the shards, each with its documents in the order of their hashes, and remove the spilled files."""
-        splits: dict[str, list[ShardEntry]] = {"train": [], "val": []}
-        for path in sorted(self.directory.glob("*.spill")):
-            texts = [tokens for _, tokens in sorted(_read_spill(path), key=lambda item: item[0])]
-            splits[path.stem.split("-")[0]].append(write_shard(path.with_suffix(".tar"), texts, dtype))
-            path.unlink()
-        return splits
-
-
-def _read_spill(path: Path) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-    data, place = path.read_bytes(), 0
-    while place < len(data):
-        digest, index, count = (int(x) for x in np.frombuffer(data, HEADER, 1, place)[0])
-        place += HEADER.itemsize
-        yield (digest, index), np.frombuffer(data, np.uint32, count, place)
-        place += count * 4
-
-
-class Progress:
-    """A line every few seconds: how much is done, how fast, how long it will take."""
-
-    def __init__(self, total: int):
-        self.total, self.done, self.tokens = total, 0, 0
-        self.start = self.shown = time.monotonic()
-
-    def add(self, size: int, tokens: int) -> None:
-        """Count a batch."""
-        self.done, self.tokens = self.done + size, self.tokens + tokens
-        if time.monotonic() - self.shown >= 2:
-            self.show()
-
-    def show(self) -> None:
-        """Print the line."""
-        self.shown = time.monotonic()
-        rate = self.done / max(1e-9, self.shown - self.start)
-        left = (self.total - self.done) / max(rate, 1e-9)
-        print(
-            f"{self.done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB  {self.tokens / 1e6:,.2f} M tokens  "
-            f"{rate / 1e6:.1f} MB/s  {left:.0f} s left",
-            flush=True,
-        )
-
-
-def prepare(args: argparse.Namespace) -> None:
-    """Make the data set that the options describe. Raises DataError; a failure leaves nothing behind."""
-    options = {k: v for k, v in vars(args).items() if k not in ("workers", "output")}
-    target = Path(args.output)
-    if target.exists():
-        if (target / "manifest.json").exists() and read_manifest(target).made_with == options:
-            print(f"{target} is already prepared with these options")
-            return
-        raise DataError("output", target, "exists and was not made with these options", "choose another --output")
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        _fill(args, options, temporary)
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _fill(args: argparse.Namespace, options: dict[str, Any], directory: Path) -> None:
-    limit = None if args.limit_mb is None else int(args.limit_mb * 1e6)
-
-    def texts() -> Iterator[Document]:
-        return documents(args.input, args.include, args.field, limit)
-
-    total = sum(d.size for d in texts())
+def fill(directory: Path, options: dict[str, Any], paths: list[Path], workers: int) -> None:
+    """Everything of a data set, with its manifest last."""
+    total, name = sum(p.stat().st_size for p in paths), " ".join(options["input"])
     if not total:
-        raise DataError("input", " ".join(args.input), "holds no text", "give text, or another --include")
-    ranks = _ranks(args.tokenizer, texts(), directory)
-    encoding = tokenizer.load(args.tokenizer, ranks)
-    shards = max(1, round(total / BYTES_A_TOKEN / args.shard_tokens))
-    spill, progress = Spill(directory, shards, args.val_fraction, args.seed), Progress(total)
-    for size, batch in encoded(texts(), args.tokenizer, ranks, args.workers):
-        spill.add(batch)
-        progress.add(size, sum(len(tokens) for _, tokens in batch))
-    progress.show()
+        raise DataError("input", name, "holds no text", "give text, or another --include")
+    ranks = _ranks(options, paths, directory)
+    encoding = tokenizer.load(options["tokenizer"], ranks)
     dtype = "uint16" if encoding.n_vocab <= 1 << 16 else "uint32"
-    splits = spill.drain(dtype)
+    runs = Runs(directory, dtype)
+    with _pool(workers) as pool:
+        portions = documents.portions(paths, options["field"])
+        odd = tokenize(pool, partial(encode, options, ranks, dtype), portions, total, runs)
+        planned = plan(runs, options["val_fraction"], options["shard_tokens"])
+        splits = _write_all(pool, partial(write, directory, dtype, options["drop_duplicates"]), planned)
     if not splits["train"]:
-        raise DataError(
-            "input", " ".join(args.input), "leaves nothing to train on", "give more, or less --val-fraction"
-        )
+        raise DataError("input", name, "leaves nothing to train on", "give more text, or less --val-fraction")
     described = {
-        "name": args.tokenizer,
+        "name": options["tokenizer"],
         "fingerprint": tokenizer.fingerprint(encoding),
         "vocab_size": encoding.n_vocab,
         "end": encoding.eot_token,
         "ranks": Path(ranks).name if ranks else None,
     }
     write_manifest(directory, described, dtype, splits, options)
+    _report(splits, runs, odd)
+
+
+def _write_all(
+    pool: ProcessPoolExecutor, work: Callable, planned: list[tuple[str, int, int]]
+) -> dict[str, list[ShardEntry]]:
+    splits: dict[str, list[ShardEntry]] = {"train": [], "val": []}
+    progress = command.Progress("writing", "shards", len(planned))
+    for done, ((path, _, _), entry) in enumerate(ordered(pool, work, planned), 1):
+        if entry:
+            splits[path.split("-")[0]].append(entry)
+        progress.show(done)
+    progress.end(len(planned))
+    return splits
+
+
+def _report(splits: dict[str, list[ShardEntry]], runs: Runs, odd: Odd) -> None:
+    written = 0
     for name, entries in splits.items():
         counts = sum(e.documents for e in entries), sum(e.tokens for e in entries)
         print(f"{name}: {len(entries)} shards, {counts[0]:,} documents, {counts[1]:,} tokens")
+        written += counts[0]
+    print(f"left out: {odd.empty:,} empty documents, {odd.binary:,} binary, {runs.documents - written:,} duplicate")
+    if odd.repaired:
+        print(f"repaired: {odd.repaired:,} documents that were no UTF-8")
 
 
-def _ranks(spec: str, texts: Iterator[Document], directory: Path) -> Optional[str]:
+def _ranks(options: dict[str, Any], paths: list[Path], directory: Path) -> Optional[str]:
     """The rank file, beside the shards, of a tokenizer given by path or to be trained (bpe:SIZE); None for a name."""
+    spec, path = options["tokenizer"], directory / "tokenizer.tiktoken"
     if spec in tokenizer.NAMES:
         return None
-    path = directory / "tokenizer.tiktoken"
+    made = path.with_suffix(".tmp")
+    if path.exists():
+        return str(path)
     if spec.startswith("bpe:") and spec[4:].isdecimal():
         print(f"training a vocabulary of {spec[4:]} tokens", flush=True)
-        tokenizer.save(tokenizer.train(_sample(texts), int(spec[4:])), path)
+        tokenizer.save(tokenizer.train(_sample(paths, options["field"]), int(spec[4:])), made)
     elif Path(spec).is_file():
-        shutil.copyfile(spec, path)
+        shutil.copyfile(spec, made)
     else:
         known = ", ".join(tokenizer.NAMES)
         raise DataError("tokenizer", spec, "not known", f"give {known}, bpe:SIZE, or the path of a rank file")
+    os.rename(made, path)
     return str(path)
 
 
-def _sample(texts: Iterator[Document]) -> Iterator[str]:
+def _sample(paths: list[Path], field: str) -> Iterator[str]:
     left = SAMPLE
-    for document in texts:
+    for portion in documents.portions(paths, field):
+        for text, _ in documents.texts(portion, field, Odd()):
+            yield text
+            left -= len(text)
         if left <= 0:
             return
-        text = document.read()
-        left -= len(text)
-        yield text
 
 
-def main(argv: Optional[list[str]] = None) -> int:
-    """Returns the exit code. `argv` replaces the command line."""
-    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__.splitlines()[0])
-    parser.add_argument("--input", nargs="+", required=True, help="files, directories, .jsonl(.gz), or stdlib")
-    parser.add_argument("--output", required=True, help="directory to make")
-    parser.add_argument(
-        "--tokenizer", default="bpe:8192", help="gpt2, cl100k_base, o200k_base, bpe:SIZE or a rank file"
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenize")
-    parser.add_argument("--include", default="*", help="pattern of the file names taken from directories")
-    parser.add_argument("--field", default="text", help="field of a .jsonl line that has the text")
-    parser.add_argument("--limit-mb", type=float, help="take about this much of the files")
-    parser.add_argument("--val-fraction", type=float, default=0.02, help="share of documents to hold out")
-    parser.add_argument("--shard-tokens", type=int, default=32 << 20, help="tokens of a shard, about")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of documents")
+@contextmanager
+def _claimed(directory: Path, options: dict[str, Any], paths: list[Path]) -> Iterator[None]:
+    """The directory that is filled, for this process alone. It is removed after a mistake in the input or the options,
+    whose cure makes it useless, and kept after an interruption, once something was read.
+    """
+    stats = [(str(p), s.st_size, s.st_mtime_ns) for p, s in ((p, p.stat()) for p in paths)]
+    said = {"options": options, "input": hashlib.sha256(json.dumps(stats).encode()).hexdigest()}
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
     try:
-        prepare(parser.parse_args(argv))
-    except RunError as e:
-        print(e, file=sys.stderr)
-        return e.code
-    return 0
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise DataError("output", directory, "is being filled by another process", "let it end") from e
+        plan_file = directory / PLAN
+        if plan_file.exists() and json.loads(plan_file.read_text()) != said:
+            why = "was begun with other options, or the input has changed"
+            raise DataError("output", directory, why, "remove it, or give what it was begun with")
+        plan_file.write_text(json.dumps(said))
+        try:
+            yield
+        except BaseException as e:
+            mistake = isinstance(e, DataError) and not isinstance(e.__cause__, OSError)
+            if mistake or not (directory / "run-000000.json").exists():
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with this one, however it ends."""
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the main process ends the others
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

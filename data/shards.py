@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 
 from configs.errors import DataError
 from data import index
@@ -57,32 +56,41 @@ class Manifest:
 
 def write_shard(path: Path, documents: Iterable[np.ndarray], dtype: str) -> ShardEntry:
     """Write token documents (each with its end-of-text token) in order; the file appears whole or not at all."""
-    samples = count = tokens = 0
+    import webdataset  # late: it brings torch, which who reads or tokenizes does not need
+
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as f:
         writer = webdataset.TarWriter(f, encoder=False, mtime=0)
-        for block in _blocks(documents):
+        for number, block in enumerate(_blocks(documents)):
             starts = np.cumsum([0] + [len(d) for d in block[:-1]]).astype("<u4")
             data = np.concatenate(block).astype(np.dtype(dtype).newbyteorder("<"))
-            sample = {"__key__": f"{path.stem}-{samples:05d}", "tok.bin": data.tobytes(), "doc.bin": starts.tobytes()}
+            sample = {"__key__": f"{path.stem}-{number:05d}", "tok.bin": data.tobytes(), "doc.bin": starts.tobytes()}
             writer.write(sample)
-            samples, count, tokens = samples + 1, count + len(block), tokens + len(data)
         writer.close()
         f.flush()
         os.fsync(f.fileno())
     made = index.build(temporary)
     index.write(made, path)
     os.rename(temporary, path)
-    return ShardEntry(path.name, path.stat().st_size, made.sha256, samples, count, tokens)
+    return describe(path, made, dtype)
+
+
+def describe(path: Path, made: Index, dtype: str) -> ShardEntry:
+    """What a manifest says of a shard that is there with its index."""
+    _, tokens, _, starts = made.blocks.sum(axis=0).tolist()
+    counts = len(made.blocks), starts // 4, tokens // np.dtype(dtype).itemsize
+    return ShardEntry(path.name, path.stat().st_size, made.sha256, *counts)
 
 
 def _blocks(documents: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
     block: list[np.ndarray] = []
+    size = 0
     for document in documents:
         block.append(document)
-        if sum(map(len, block)) >= BLOCK:
+        size += len(document)
+        if size >= BLOCK:
             yield block
-            block = []
+            block, size = [], 0
     if block:
         yield block
 
@@ -109,7 +117,9 @@ def write_manifest(
         rows = [asdict(s) for s in shards]
         listed[name] = rows if len(rows) <= MANY else {c: [r[c] for r in rows] for c in COLUMNS}
     content = {"version": VERSION, "tokenizer": tokenizer, "dtype": dtype, "splits": listed, "made_with": made_with}
-    (directory / "manifest.json").write_text(json.dumps(content, indent=None if _many(splits) else 1) + "\n")
+    temporary = directory / "manifest.tmp"
+    temporary.write_text(json.dumps(content, indent=None if _many(splits) else 1) + "\n")
+    os.rename(temporary, directory / "manifest.json")
 
 
 def _many(splits: dict[str, Sequence[ShardEntry]]) -> bool:
