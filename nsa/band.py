@@ -90,9 +90,9 @@ def _edges(place, last, BN: tl.constexpr, L: tl.constexpr, D: tl.constexpr, A: t
 
 @triton.jit(do_not_specialize=["documents"])
 def _forward(
-    q, q_rest, k, k_rest, v, o, lse, tokens, keys, documents, scale, k_h, v_h, heads, lse_t, lse_h,
-    G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
+    q, q_rest, k, k_rest, v, o, lse, tokens, keys, documents, scale, k_h, v_h, n, heads,
+    G: tl.constexpr, GS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr, SINK: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     tile, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the longest first
@@ -111,6 +111,12 @@ def _forward(
     acc = tl.zeros([BQ * G, F], tl.float32)
     total = tl.zeros([BQ * G], tl.float32)
     peak = total - float("inf")
+    if SINK > 0:
+        sink = tl.minimum(_low(tl.minimum(place + BQ, length) - 1, A, N), SINK)
+        acc, total, peak = _attend(
+            acc, total, peak, q1, q2, k, k_rest, v, base, k_at, v_at, 0, sink, low * 0, tl.minimum(low, SINK), scale,
+            E, E2, F, BN, True, EXACT,
+        )  # fmt: skip
     if N < FAR:
         acc, total, peak = _attend(
             acc, total, peak, q1, q2, k, k_rest, v, base, k_at, v_at, first, left, low, high, scale,
@@ -130,7 +136,7 @@ def _forward(
     out = (o + (token * heads + head) * F)[:, None] + tl.arange(0, F)[None, :]
     tl.store(out, acc.to(o.dtype.element_ty), mask=there[:, None])
     log = tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("inf"))  # exp2(s - inf) = 0 in backward
-    tl.store(lse + token * lse_t + head * lse_h, log, mask=there)
+    tl.store(lse + ((head // GS).to(tl.int64) * n + token) * GS + head % GS, log, mask=there)
 
 
 @triton.jit
@@ -318,25 +324,26 @@ def _keys(documents: Documents, band: Band) -> Tensor:
     return documents.blocks if band.keyed_by_block else documents.tokens
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, band: Band) -> tuple[Tensor, Tensor]:
-    """o [n, h, dv] in q's dtype and the base-2 log-sum-exp [n, h] fp32, +inf for a query that sees no key.
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, band: Band, sink: int = 0
+) -> tuple[Tensor, Tensor]:
+    """o [n, h, dv] in q's dtype and the base-2 log-sum-exp [h / s, n, s] fp32, +inf for a query that sees no key.
 
-    q [n, h, dk]; k [m, h_kv, dk], v [m, h_kv, dv] over tokens or, if `band.keyed_by_block`, compression blocks. The
-    log-sum-exp lies head by head in memory where blocks are keys, token by token elsewhere.
+    q [n, h, dk]; k [m, h_kv, dk], v [m, h_kv, dv] over tokens or, if `band.keyed_by_block`, compression blocks. Queries
+    also see the first `sink` keys of their document, as far as these lie before the band. Of the log-sum-exp s heads lie
+    side by side: one where blocks are keys, those of a group elsewhere; as backward reads them.
     """
     n, heads, e = q.shape
-    o = q.new_zeros(n, heads, v.shape[2]) if len(k) == 0 else q.new_empty(n, heads, v.shape[2])
-    size = (heads, n) if band.keyed_by_block else (n, heads)
-    lse = torch.full(size, torch.inf, device=q.device) if len(k) == 0 else q.new_empty(size, dtype=torch.float32)
-    lse = lse.t() if band.keyed_by_block else lse
-    if len(k) == 0:
-        return o, lse
     shape, how = _shape(q, k, v, band), FORWARD[q.element_size()]
+    together = 1 if band.keyed_by_block else shape["G"]
+    o, lse = q.new_empty(n, heads, v.shape[2]), q.new_empty(heads // together, n, together, dtype=torch.float32)
+    if len(k) == 0:
+        return o.zero_(), lse.fill_(torch.inf)
     bq, bn = how.queries(shape["G"]), how.columns
     _forward[documents.tiles(bq), k.shape[1]](
         *boxes(q, bq, shape["G"]), *columns(k, bn), columns(v, bn)[0], o, lse, documents.tokens,
-        _keys(documents, band), documents.count, e**-0.5 * LOG2E, k.stride(1), v.stride(1), heads, *lse.stride(),
-        **shape, BQ=bq, BN=bn, **how.options,
+        _keys(documents, band), documents.count, e**-0.5 * LOG2E, k.stride(1), v.stride(1), n, heads,
+        **shape, GS=together, SINK=sink, BQ=bq, BN=bn, **how.options,
     )  # fmt: skip
     return o, lse
 

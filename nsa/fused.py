@@ -66,8 +66,9 @@ def _nsa(
     kv = {name: (rows(k), rows(v)) for name, k, v in _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)}
     out, pairs = {name: (q.new_empty(0), q.new_empty(0)) for name in NAMES}, [q.new_empty(0) for _ in range(4)]
     bands = _bands(sizes)
+    sink = sizes.initial * sizes.l_slc
     for name in branches:
-        out[name] = band.forward(q, *kv[name], documents, bands[name])
+        out[name] = band.forward(q, *kv[name], documents, bands[name], sink if name == "slc" else 0)
     if "slc" in branches and sizes.n > sizes.local:
         if "cmp" in branches:
             k, lse = kv["cmp"][0], out["cmp"][1]
@@ -77,9 +78,13 @@ def _nsa(
         chunk = _chunk(q, out["slc"][0].shape[2], sizes.n - sizes.local)
         chosen = score.choose(q, k, lse, documents, sizes, chunk)
         found = picked.sort(chosen, chunk, documents.tiles(sizes.l_slc))
-        picked.forward(q, *kv["slc"], *out["slc"], found, documents, sizes.l_slc)
+        outputs = {name: out[name][0] for name in branches}
+        o = picked.forward(
+            q, *kv["slc"], outputs, out["slc"][1], gates_.contiguous(), found, documents, sizes.l_slc, sizes.initial
+        )
         pairs = [found.keys, found.order, found.starts, found.chosen]
-    o = gates.gated_sum([out[name][0] for name in branches], gates_.contiguous())
+    else:
+        o = gates.gated_sum([out[name][0] for name in branches], gates_.contiguous())
     return o, *out["cmp"], *out["slc"], *out["win"], *pairs
 
 
@@ -97,8 +102,8 @@ def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates_, cu_seqlens, numbers):
     out = []
     for name in NAMES:
         if name in branches:
-            lse = q.new_empty((heads, n) if name == "cmp" else (n, heads), dtype=torch.float32)
-            out += [torch.empty_like(o), lse.t() if name == "cmp" else lse]
+            together = 1 if name == "cmp" else heads // kv[name][0].shape[1]
+            out += [torch.empty_like(o), q.new_empty(heads // together, n, together, dtype=torch.float32)]
         else:
             out += [q.new_empty(0), q.new_empty(0)]
     picks = sizes.n - sizes.local

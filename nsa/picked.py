@@ -60,7 +60,8 @@ def _forward(
     q, k, k_rest, v, o, lse, keys, order, starts, tokens, documents, scale, chunk, blocks, base,
     q_t, q_h, k_h, v_h,
     G: tl.constexpr, GROUPS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
-    PICKS: tl.constexpr, SLC: tl.constexpr, BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
+    PICKS: tl.constexpr, INITIAL: tl.constexpr, SLC: tl.constexpr,
+    BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     key0, _, i, end = _run(starts, chunk, blocks, RUN)
     group = tl.program_id(1)
@@ -70,6 +71,7 @@ def _forward(
         key = tl.load(keys + i)
         stop = tl.minimum(end, tl.load(starts + key + 1))
         _, start, _, place = locate(key - key0, tokens, documents, SLC)
+        i = tl.where(place < INITIAL * SLC, stop, i)  # those were attended to with the local blocks
         k1 = k.load([start + place, group * k_h])
         if E2 > 0:
             k2 = k_rest.load([start + place, group * k_h + E])
@@ -96,59 +98,77 @@ def _forward(
 
 @triton.jit
 def _merge(
-    chosen, o_part, lse_part, o, lse, first, n, groups, PICKS: tl.constexpr, P: tl.constexpr, NONE: tl.constexpr,
-    G: tl.constexpr, F: tl.constexpr, BT: tl.constexpr,
+    chosen, o_part, lse_part, o, lse, gates, o_cmp, o_win, out, first, n, groups,
+    PICKS: tl.constexpr, P: tl.constexpr, INITIAL: tl.constexpr, NONE: tl.constexpr, G: tl.constexpr, F: tl.constexpr,
+    BRANCHES: tl.constexpr, CMP: tl.constexpr, SLC: tl.constexpr, WIN: tl.constexpr,
 ):  # fmt: skip
-    """Joins the pairs of BT queries of one KV head with what o and lse hold, in place."""
-    row, f, pick = tl.arange(0, BT * G), tl.arange(0, F), tl.arange(0, P)
-    local, group = tl.program_id(0) * BT + row // G, tl.program_id(1)
-    there = first + local < n
+    """Joins the pairs of a query and KV head with what o and lse hold, in place, and the branches by their gates.
+
+    CMP, SLC and WIN are the branches' places among the gates; -1 for one that is not there.
+    """
+    head, f, pick = tl.arange(0, G), tl.arange(0, F), tl.arange(0, P)
+    local, group = tl.program_id(0), tl.program_id(1)
     pair = (local * groups + group).to(tl.int64) * PICKS
     at = ((first + local) * groups + group).to(tl.int64)
-    some = there[:, None] & (pick < PICKS)[None, :]
-    some &= tl.load(chosen + at[:, None] * PICKS + pick[None, :], mask=some, other=NONE) != NONE
-    logs = tl.load(lse_part + (pair[:, None] + pick[None, :]) * G + (row % G)[:, None], mask=some, other=float("-inf"))
-    near = tl.load(lse + at * G + row % G, mask=there, other=0.0)
+    some = (pick >= INITIAL) & (pick < PICKS)
+    some &= tl.load(chosen + at * PICKS + pick, mask=some, other=NONE) != NONE
+    end = INITIAL + tl.sum(some.to(tl.int32), 0)  # what is missing is missing at the end
+    logs = tl.load(lse_part + (pair + pick[None, :]) * G + head[:, None], mask=some[None, :], other=float("-inf"))
+    to_lse = lse + (group.to(tl.int64) * n + first + local) * G + head
+    near = tl.load(to_lse)
     peak = tl.maximum(near, tl.max(logs, 1))
     whole = peak + tl.log2(tl.exp2(near - peak) + tl.sum(tl.exp2(logs - peak[:, None]), 1))
-    to_o = (o + (at * G + row % G) * F)[:, None] + f[None, :]
-    acc = tl.load(to_o, mask=there[:, None], other=0.0).to(tl.float32) * tl.exp2(near - whole)[:, None]
-    for r in tl.static_range(PICKS):
-        real = there & (tl.load(chosen + at * PICKS + r, mask=there, other=NONE) != NONE)
-        part = (pair + r) * G + row % G
-        weight = tl.exp2(tl.load(lse_part + part, mask=real, other=float("-inf")) - whole)
-        values = tl.load((o_part + part * F)[:, None] + f[None, :], mask=real[:, None], other=0.0)
+    tile = (at * G + head[:, None]) * F + f[None, :]
+    acc = tl.load(o + tile).to(tl.float32) * tl.exp2(near - whole)[:, None]
+    for r in tl.range(INITIAL, end):
+        part = (pair + r) * G + head
+        weight = tl.exp2(tl.load(lse_part + part) - whole)
+        values = tl.load((o_part + part * F)[:, None] + f[None, :], eviction_policy="evict_first")
         acc += values.to(tl.float32) * weight[:, None]
-    tl.store(lse + at * G + row % G, whole, mask=there)
-    tl.store(to_o, acc.to(o.dtype.element_ty), mask=there[:, None])
+    tl.store(to_lse, whole)
+    tl.store(o + tile, acc.to(o.dtype.element_ty))
+    gate = gates + (at * G + head) * BRANCHES
+    acc *= tl.load(gate + SLC).to(tl.float32)[:, None]
+    if CMP >= 0:
+        acc += tl.load(o_cmp + tile).to(tl.float32) * tl.load(gate + CMP).to(tl.float32)[:, None]
+    if WIN >= 0:
+        acc += tl.load(o_win + tile).to(tl.float32) * tl.load(gate + WIN).to(tl.float32)[:, None]
+    tl.store(out + tile, acc.to(out.dtype.element_ty))
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, pairs: Pairs, documents: Documents, slc: int
-) -> None:
-    """Joins attention to the chosen blocks of `slc` tokens into o [n, h, dv] and lse [n, h], which hold the local part.
+    q: Tensor, k: Tensor, v: Tensor, outputs: dict[str, Tensor], lse: Tensor, gates: Tensor, pairs: Pairs,
+    documents: Documents, slc: int, initial: int,
+) -> Tensor:  # fmt: skip
+    """Joins attention to the chosen blocks of `slc` tokens into outputs["slc"] [n, h, dv] and lse [h_kv, n, h / h_kv].
 
-    q [n, h, dk], k [n, h_kv, dk], v [n, h_kv, dv].
+    These hold attention to the local blocks and to the `initial` first ones, which are not looked at again. Returns the
+    sum of outputs, each times its column of gates [n, h, branches]. q [n, h, dk], k [n, h_kv, dk], v [n, h_kv, dv].
     """
     n, heads, e = q.shape
     groups, width, g = k.shape[1], v.shape[2], heads // k.shape[1]
     e1, e2 = halves(e)
+    o = outputs["slc"]
+    out = torch.empty_like(o)
     o_part = q.new_empty(min(pairs.chunk, n), groups, pairs.picks, g, width)
     lse_part = q.new_empty(o_part.shape[:-1], dtype=torch.float32)
-    how, bt = FORWARD[q.element_size()], max(1, 16 // g)
+    how, at = FORWARD[q.element_size()], {name: i for i, name in enumerate(outputs)}
+    k_box, v_box = columns(k, slc), columns(v, slc)[0]
     for c, first in enumerate(range(0, n, pairs.chunk)):
         count = min(pairs.chunk, n - first)
         _forward[triton.cdiv(count * pairs.picks, RUN), groups](
-            q, *columns(k, slc), columns(v, slc)[0], o_part, lse_part, pairs.keys, pairs.order, pairs.starts, documents.tokens, documents.count,
+            q, *k_box, v_box, o_part, lse_part, pairs.keys, pairs.order, pairs.starts, documents.tokens, documents.count,
             e**-0.5 * LOG2E, c, pairs.blocks, first * groups * pairs.picks,
             *q.stride()[:2], k.stride(1), v.stride(1),
-            G=g, GROUPS=groups, E=e1, E2=e2, F=width, PICKS=pairs.picks, SLC=slc, BM=how.queries(g), RUN=RUN,
-            EXACT=precision(q), **how.options,
+            G=g, GROUPS=groups, E=e1, E2=e2, F=width, PICKS=pairs.picks, INITIAL=initial, SLC=slc, BM=how.queries(g),
+            RUN=RUN, EXACT=precision(q), **how.options,
         )  # fmt: skip
-        _merge[triton.cdiv(count, bt), groups](
-            pairs.chosen, o_part, lse_part, o, lse, first, n, groups,
-            PICKS=pairs.picks, P=triton.next_power_of_2(pairs.picks), NONE=NONE, G=g, F=width, BT=bt, num_warps=4,
+        _merge[count, groups](
+            pairs.chosen, o_part, lse_part, o, lse, gates, outputs.get("cmp", o), outputs.get("win", o), out, first, n,
+            groups, PICKS=pairs.picks, P=triton.next_power_of_2(pairs.picks), INITIAL=initial, NONE=NONE, G=g, F=width,
+            BRANCHES=gates.shape[2], CMP=at.get("cmp", -1), SLC=at["slc"], WIN=at.get("win", -1), num_warps=4,
         )  # fmt: skip
+    return out
 
 
 @triton.jit(do_not_specialize=["documents", "chunk"])

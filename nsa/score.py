@@ -135,7 +135,7 @@ def choose(q: Tensor, k: Tensor, lse: Tensor, documents: Documents, sizes: Atten
         if len(k):
             _score[triton.cdiv(width, bn // r - 1), count, groups](
                 *boxes(q, bq, 1), *boxes(k, bn, 1), lse, scores, documents.tokens, documents.blocks, documents.count,
-                q.shape[2] ** -0.5 * LOG2E, tile, *lse.stride(), width,
+                q.shape[2] ** -0.5 * LOG2E, tile, lse.stride(1), lse.stride(0), width,
                 G=heads // groups, E=e, E2=e2, L=sizes.l, D=sizes.d, R=r, BQ=bq, BN=bn, EXACT=precision(q),
                 **how.options,
             )  # fmt: skip
