@@ -40,10 +40,11 @@ def _sizes(numbers: Sequence[int]) -> tuple[Attention, list[str]]:
     return sizes, [NAMES[b] for b in branches]
 
 
-def _chunk(q: Tensor, v_dim: int, picks: int) -> int:
-    """Tokens of a chunk of pairs: a power of two."""
-    each = q.shape[1] * max(1, picks) * max(q.shape[2], v_dim) * q.element_size()
-    return 1 << max(7, int(PAIR_BYTES / each).bit_length() - 1)
+def _chunk(n: int, blocks: int) -> int:
+    """Tokens of a chunk of pairs."""
+    if picked.CHUNK:
+        return picked.CHUNK
+    return min(512, max(128, (1 << (blocks // 2).bit_length()) // 2))
 
 
 def _bands(sizes: Attention) -> dict[str, band.Band]:
@@ -75,9 +76,9 @@ def _nsa(
         else:
             k = rows(k_cmp)
             lse = band.forward(q, k, k[..., : halves(k.shape[2])[0]], documents, bands["cmp"])[1]
-        chunk = _chunk(q, out["slc"][0].shape[2], sizes.n - sizes.local)
-        chosen = score.choose(q, k, lse, documents, sizes, chunk)
-        found = picked.sort(chosen, chunk, documents.tiles(sizes.l_slc))
+        chosen = score.choose(q, k, lse, documents, sizes, 1 << 30)
+        blocks = documents.tiles(sizes.l_slc)
+        found = picked.sort(chosen, _chunk(len(q), blocks), blocks)
         outputs = {name: out[name][0] for name in branches}
         o = picked.forward(
             q, *kv["slc"], outputs, out["slc"][1], gates_.contiguous(), found, documents, sizes.l_slc, sizes.initial

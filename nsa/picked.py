@@ -18,6 +18,7 @@ from nsa.score import NONE
 from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, precision
 
 RUN = 256  # pairs of a program
+FORWARD_RUN, MERGED, RING, CHUNK = 32, 4, 3, 0
 FORWARD = {2: Launch(64, 0, 4, 1), 4: Launch(64, 0, 4, 1)}  # by bytes of an element; a tile's keys are one block
 BACKWARD = {2: Launch(64, 0, 4, 2), 4: Launch(32, 0, 8, 1)}
 
@@ -39,32 +40,43 @@ class Pairs:
 
 
 def sort(chosen: Tensor, chunk: int, blocks: int) -> Pairs:
-    """The pairs of keys [n, h_kv, picks] from `score.choose`."""
+    """The pairs of keys [n, h_kv, picks] from `score.choose`, of one chunk there, in chunks of so many tokens."""
     n, groups, _ = chosen.shape
-    keys, order = torch.sort(chosen.flatten(), stable=True)
+    first = torch.arange(n, dtype=torch.int32, device=chosen.device) // chunk * (groups * blocks)
+    keys = (chosen + first[:, None, None]).where(chosen != NONE, NONE)
+    keys, order = torch.sort(keys.flatten(), stable=True)
     every = torch.arange(triton.cdiv(n, chunk) * groups * blocks + 1, dtype=torch.int32, device=chosen.device)
     return Pairs(keys, order.int(), torch.searchsorted(keys, every, out_int32=True), chosen, chunk, blocks)
 
 
 @triton.jit
-def _run(starts, chunk, blocks, RUN: tl.constexpr):
-    """The first key of this chunk and KV head, where its pairs start, and this program's [begin, end)."""
-    key = (chunk * tl.num_programs(1) + tl.program_id(1)) * blocks
+def _run(starts, key, number, RUN: tl.constexpr, blocks):
+    """Where the pairs of the chunk and KV head whose first key is `key` start, and [begin, end) of their run `number`."""
     first = tl.load(starts + key)
-    begin = first + tl.program_id(0) * RUN
-    return key, first, begin, tl.minimum(begin + RUN, tl.load(starts + key + blocks))
+    begin = first + number * RUN
+    return first, begin, tl.minimum(begin + RUN, tl.load(starts + key + blocks))
 
 
-@triton.jit(do_not_specialize=["documents", "chunk"])
-def _forward(
-    q, k, k_rest, v, o, lse, keys, order, starts, tokens, documents, scale, chunk, blocks, base,
+@triton.jit
+def _await(counter, count):
+    while tl.atomic_add(counter, 0, sem="acquire") < count:
+        pass
+
+
+@triton.jit
+def _signal(counter):
+    tl.debug_barrier()  # what all threads wrote goes before
+    tl.atomic_add(counter, 1, sem="release")
+
+
+@triton.jit
+def _attend(
+    q, k, k_rest, v, o, lse, keys, order, starts, tokens, documents, scale, i, end, key0, group, first,
     q_t, q_h, k_h, v_h,
     G: tl.constexpr, GROUPS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
-    PICKS: tl.constexpr, INITIAL: tl.constexpr, SLC: tl.constexpr,
-    BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
+    PICKS: tl.constexpr, INITIAL: tl.constexpr, SLC: tl.constexpr, BM: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    key0, _, i, end = _run(starts, chunk, blocks, RUN)
-    group = tl.program_id(1)
+    """Attention of the pairs [i, end) of one chunk and KV head, each to its block: o and lse, pair by pair."""
     row, e, f = tl.arange(0, BM * G), tl.arange(0, E), tl.arange(0, F)
     q += group * G * q_h
     while i < end:
@@ -79,8 +91,8 @@ def _forward(
         for j in tl.range(i, stop, BM):
             there = j + row // G < stop
             pair = tl.load(order + j + row // G, mask=there, other=0)
-            token = (pair // (GROUPS * PICKS)).to(tl.int64)
-            at_q = q + token * q_t + row % G * q_h
+            token = pair // (GROUPS * PICKS)
+            at_q = q + token.to(tl.int64) * q_t + row % G * q_h
             q1 = tl.load(at_q[:, None] + e[None, :], mask=there[:, None], other=0.0)
             s = tl.dot(q1, k1.T, input_precision=EXACT)
             if E2 > 0:
@@ -90,30 +102,31 @@ def _forward(
             p = tl.exp2(s * scale - peak[:, None])
             total = tl.sum(p, 1)
             out = tl.dot(p.to(values.dtype), values, input_precision=EXACT) * (1.0 / total)[:, None]
-            at_o = ((pair - base) * G + row % G).to(tl.int64)
+            at_o = ((token - first) * PICKS + pair % PICKS) * G + row % G
             tl.store(lse + at_o, peak + tl.log2(total), mask=there)
-            tl.store((o + at_o * F)[:, None] + f[None, :], out.to(o.dtype.element_ty), mask=there[:, None])
+            to_o = (o + at_o.to(tl.int64) * F)[:, None] + f[None, :]
+            tl.store(to_o, out.to(o.dtype.element_ty), mask=there[:, None])
         i = stop
 
 
 @triton.jit
 def _merge(
-    chosen, o_part, lse_part, o, lse, gates, o_cmp, o_win, out, first, n, groups,
-    PICKS: tl.constexpr, P: tl.constexpr, INITIAL: tl.constexpr, NONE: tl.constexpr, G: tl.constexpr, F: tl.constexpr,
+    chosen, o_part, lse_part, o, lse, gates, o_cmp, o_win, out, local, first, group, n,
+    GROUPS: tl.constexpr, PICKS: tl.constexpr, P: tl.constexpr, INITIAL: tl.constexpr, NONE: tl.constexpr,
+    G: tl.constexpr, F: tl.constexpr,
     BRANCHES: tl.constexpr, CMP: tl.constexpr, SLC: tl.constexpr, WIN: tl.constexpr,
 ):  # fmt: skip
-    """Joins the pairs of a query and KV head with what o and lse hold, in place, and the branches by their gates.
-
-    CMP, SLC and WIN are the branches' places among the gates; -1 for one that is not there.
-    """
+    """Joins the pairs of a query and KV head with what o and lse hold, in place, and the branches by their gates."""
     head, f, pick = tl.arange(0, G), tl.arange(0, F), tl.arange(0, P)
-    local, group = tl.program_id(0), tl.program_id(1)
-    pair = (local * groups + group).to(tl.int64) * PICKS
-    at = ((first + local) * groups + group).to(tl.int64)
+    pair = local * PICKS
+    at = (first + local).to(tl.int64) * GROUPS + group
     some = (pick >= INITIAL) & (pick < PICKS)
     some &= tl.load(chosen + at * PICKS + pick, mask=some, other=NONE) != NONE
     end = INITIAL + tl.sum(some.to(tl.int32), 0)  # what is missing is missing at the end
-    logs = tl.load(lse_part + (pair + pick[None, :]) * G + head[:, None], mask=some[None, :], other=float("-inf"))
+    logs = tl.load(
+        lse_part + (pair + pick[None, :]) * G + head[:, None], mask=some[None, :], other=float("-inf"),
+        cache_modifier=".cg",
+    )  # fmt: skip
     to_lse = lse + (group.to(tl.int64) * n + first + local) * G + head
     near = tl.load(to_lse)
     peak = tl.maximum(near, tl.max(logs, 1))
@@ -122,8 +135,8 @@ def _merge(
     acc = tl.load(o + tile).to(tl.float32) * tl.exp2(near - whole)[:, None]
     for r in tl.range(INITIAL, end):
         part = (pair + r) * G + head
-        weight = tl.exp2(tl.load(lse_part + part) - whole)
-        values = tl.load((o_part + part * F)[:, None] + f[None, :], eviction_policy="evict_first")
+        weight = tl.exp2(tl.load(lse_part + part, cache_modifier=".cg") - whole)
+        values = tl.load(o_part + part.to(tl.int64)[:, None] * F + f[None, :], cache_modifier=".cg")
         acc += values.to(tl.float32) * weight[:, None]
     tl.store(to_lse, whole)
     tl.store(o + tile, acc.to(o.dtype.element_ty))
@@ -134,6 +147,54 @@ def _merge(
     if WIN >= 0:
         acc += tl.load(o_win + tile).to(tl.float32) * tl.load(gate + WIN).to(tl.float32)[:, None]
     tl.store(out + tile, acc.to(out.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["documents", "n", "chunks", "runs", "merges"])
+def _forward(
+    q, k, k_rest, v, chosen, o_part, lse_part, o, lse, gates, o_cmp, o_win, out, keys, order, starts, tokens, counters,
+    documents, scale, n, chunks, blocks, runs, merges, q_t, q_h, k_h, v_h,
+    G: tl.constexpr, GROUPS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    PICKS: tl.constexpr, P: tl.constexpr, INITIAL: tl.constexpr, NONE: tl.constexpr, SLC: tl.constexpr,
+    BRANCHES: tl.constexpr, CMP: tl.constexpr, AT: tl.constexpr, WIN: tl.constexpr,
+    BM: tl.constexpr, RUN: tl.constexpr, CHUNK: tl.constexpr, RING: tl.constexpr, QUERIES: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Chunk by chunk and KV head by KV head (a unit): runs of pairs, then what merges them, a unit behind.
+
+    Parts of RING units are in memory, so that those of small units stay in the cache between the two. Programs take
+    their numbers in the order in which they start: what one waits for has started before it.
+    """
+    number = tl.atomic_add(counters, 1)
+    units = chunks * GROUPS
+    done, merged = counters + 1, counters + 1 + units
+    unit, place = number // (runs + merges), number % (runs + merges)
+    if place < runs:
+        if unit < units:
+            if unit >= RING:
+                _await(merged + unit - RING, merges)
+            chunk, group = unit % chunks, unit // chunks
+            key0 = (chunk * GROUPS + group) * blocks
+            _, begin, end = _run(starts, key0, place, RUN, blocks)
+            slot = (unit % RING).to(tl.int64) * (CHUNK * PICKS * G)
+            _attend(
+                q, k, k_rest, v, o_part + slot * F, lse_part + slot, keys, order, starts, tokens, documents, scale,
+                begin, end, key0, group, chunk * CHUNK, q_t, q_h, k_h, v_h,
+                G, GROUPS, E, E2, F, PICKS, INITIAL, SLC, BM, EXACT,
+            )  # fmt: skip
+            _signal(done + unit)
+    elif unit >= 1:
+        unit -= 1
+        _await(done + unit, runs)
+        chunk, group = unit % chunks, unit // chunks
+        slot = (unit % RING).to(tl.int64) * (CHUNK * PICKS * G)
+        local = (place - runs) * QUERIES
+        stop = tl.minimum(local + QUERIES, n - chunk * CHUNK)
+        for i in tl.range(local, stop):
+            _merge(
+                chosen, o_part + slot * F, lse_part + slot, o, lse, gates, o_cmp, o_win, out, i, chunk * CHUNK, group, n,
+                GROUPS, PICKS, P, INITIAL, NONE, G, F, BRANCHES, CMP, AT, WIN,
+            )  # fmt: skip
+        _signal(merged + unit)
 
 
 def forward(
@@ -148,26 +209,23 @@ def forward(
     n, heads, e = q.shape
     groups, width, g = k.shape[1], v.shape[2], heads // k.shape[1]
     e1, e2 = halves(e)
-    o = outputs["slc"]
+    o, chunks = outputs["slc"], triton.cdiv(n, pairs.chunk)
     out = torch.empty_like(o)
-    o_part = q.new_empty(min(pairs.chunk, n), groups, pairs.picks, g, width)
+    o_part = q.new_empty(min(RING, chunks * groups), pairs.chunk, pairs.picks, g, width)
     lse_part = q.new_empty(o_part.shape[:-1], dtype=torch.float32)
+    counters = torch.zeros(1 + 2 * chunks * groups, dtype=torch.int32, device=q.device)
     how, at = FORWARD[q.element_size()], {name: i for i, name in enumerate(outputs)}
-    k_box, v_box = columns(k, slc), columns(v, slc)[0]
-    for c, first in enumerate(range(0, n, pairs.chunk)):
-        count = min(pairs.chunk, n - first)
-        _forward[triton.cdiv(count * pairs.picks, RUN), groups](
-            q, *k_box, v_box, o_part, lse_part, pairs.keys, pairs.order, pairs.starts, documents.tokens, documents.count,
-            e**-0.5 * LOG2E, c, pairs.blocks, first * groups * pairs.picks,
-            *q.stride()[:2], k.stride(1), v.stride(1),
-            G=g, GROUPS=groups, E=e1, E2=e2, F=width, PICKS=pairs.picks, INITIAL=initial, SLC=slc, BM=how.queries(g),
-            RUN=RUN, EXACT=precision(q), **how.options,
-        )  # fmt: skip
-        _merge[count, groups](
-            pairs.chosen, o_part, lse_part, o, lse, gates, outputs.get("cmp", o), outputs.get("win", o), out, first, n,
-            groups, PICKS=pairs.picks, P=triton.next_power_of_2(pairs.picks), INITIAL=initial, NONE=NONE, G=g, F=width,
-            BRANCHES=gates.shape[2], CMP=at.get("cmp", -1), SLC=at["slc"], WIN=at.get("win", -1), num_warps=4,
-        )  # fmt: skip
+    runs, merges = triton.cdiv(pairs.chunk * pairs.picks, FORWARD_RUN), triton.cdiv(pairs.chunk, MERGED)
+    _forward[(chunks * groups + 1) * (runs + merges),](
+        q, *columns(k, slc), columns(v, slc)[0], pairs.chosen, o_part, lse_part, o, lse, gates,
+        outputs.get("cmp", o), outputs.get("win", o), out, pairs.keys, pairs.order, pairs.starts, documents.tokens,
+        counters, documents.count, e**-0.5 * LOG2E, n, chunks, pairs.blocks, runs, merges,
+        *q.stride()[:2], k.stride(1), v.stride(1),
+        G=g, GROUPS=groups, E=e1, E2=e2, F=width, PICKS=pairs.picks, P=triton.next_power_of_2(pairs.picks),
+        INITIAL=initial, NONE=NONE, SLC=slc,
+        BRANCHES=gates.shape[2], CMP=at.get("cmp", -1), AT=at["slc"], WIN=at.get("win", -1),
+        BM=how.queries(g), RUN=FORWARD_RUN, CHUNK=pairs.chunk, RING=RING, QUERIES=MERGED, EXACT=precision(q), **how.options,
+    )  # fmt: skip
     return out
 
 
@@ -178,8 +236,9 @@ def _backward(
     G: tl.constexpr, GROUPS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     PICKS: tl.constexpr, SLC: tl.constexpr, BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    key0, _, i, end = _run(starts, chunk, blocks, RUN)
     group = tl.program_id(1)
+    key0 = (chunk * GROUPS + group) * blocks
+    _, i, end = _run(starts, key0, tl.program_id(0), RUN, blocks)
     row, e, f, column = tl.arange(0, BM * G), tl.arange(0, E), tl.arange(0, F), tl.arange(0, SLC)
     e2 = tl.arange(0, E2 if E2 > 0 else 1)
     head = group * G + row % G
