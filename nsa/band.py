@@ -39,6 +39,10 @@ class Band:
         """Keys are compression blocks, not tokens."""
         return (self.L, self.D) != (1, 1)
 
+    def run(self, group: int) -> int:
+        """Heads whose statistics lie side by side, token by token: [h / run, n, run]."""
+        return 1 if self.keyed_by_block else group
+
 
 @triton.jit
 def _low(t, A: tl.constexpr, N: tl.constexpr):
@@ -90,8 +94,8 @@ def _edges(place, last, BN: tl.constexpr, L: tl.constexpr, D: tl.constexpr, A: t
 
 @triton.jit(do_not_specialize=["documents"])
 def _forward(
-    q, q_rest, k, k_rest, v, o, lse, tokens, keys, documents, scale, k_h, v_h, heads, lse_t, lse_h,
-    G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    q, q_rest, k, k_rest, v, o, lse, tokens, keys, documents, scale, k_h, v_h, heads, n,
+    G: tl.constexpr, GS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +134,7 @@ def _forward(
     out = (o + (token * heads + head) * F)[:, None] + tl.arange(0, F)[None, :]
     tl.store(out, acc.to(o.dtype.element_ty), mask=there[:, None])
     log = tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("inf"))  # exp2(s - inf) = 0 in backward
-    tl.store(lse + token * lse_t + head * lse_h, log, mask=there)
+    tl.store(lse + ((head // GS) * n + start + t) * GS + head % GS, log, mask=there)
 
 
 @triton.jit
@@ -319,24 +323,23 @@ def _keys(documents: Documents, band: Band) -> Tensor:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, band: Band) -> tuple[Tensor, Tensor]:
-    """o [n, h, dv] in q's dtype and the base-2 log-sum-exp [n, h] fp32, +inf for a query that sees no key.
+    """o [n, h, dv] in q's dtype and the base-2 log-sum-exp [h / s, n, s] fp32, s = `band.run(h / h_kv)`, +inf for a query that sees no key.
 
-    q [n, h, dk]; k [m, h_kv, dk], v [m, h_kv, dv] over tokens or, if `band.keyed_by_block`, compression blocks. The
-    log-sum-exp lies head by head in memory where blocks are keys, token by token elsewhere.
+    q [n, h, dk]; k [m, h_kv, dk], v [m, h_kv, dv] over tokens or, if `band.keyed_by_block`, compression blocks.
     """
     n, heads, e = q.shape
     o = q.new_zeros(n, heads, v.shape[2]) if len(k) == 0 else q.new_empty(n, heads, v.shape[2])
-    size = (heads, n) if band.keyed_by_block else (n, heads)
+    run = band.run(heads // k.shape[1])
+    size = heads // run, n, run
     lse = torch.full(size, torch.inf, device=q.device) if len(k) == 0 else q.new_empty(size, dtype=torch.float32)
-    lse = lse.t() if band.keyed_by_block else lse
     if len(k) == 0:
         return o, lse
     shape, how = _shape(q, k, v, band), FORWARD[q.element_size()]
     bq, bn = how.queries(shape["G"]), how.columns
     _forward[documents.tiles(bq), k.shape[1]](
         *boxes(q, bq, shape["G"]), *columns(k, bn), columns(v, bn)[0], o, lse, documents.tokens,
-        _keys(documents, band), documents.count, e**-0.5 * LOG2E, k.stride(1), v.stride(1), heads, *lse.stride(),
-        **shape, BQ=bq, BN=bn, **how.options,
+        _keys(documents, band), documents.count, e**-0.5 * LOG2E, k.stride(1), v.stride(1), heads, n,
+        **shape, GS=run, BQ=bq, BN=bn, **how.options,
     )  # fmt: skip
     return o, lse
 

@@ -97,8 +97,8 @@ def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates_, cu_seqlens, numbers):
     out = []
     for name in NAMES:
         if name in branches:
-            lse = q.new_empty((heads, n) if name == "cmp" else (n, heads), dtype=torch.float32)
-            out += [torch.empty_like(o), lse.t() if name == "cmp" else lse]
+            run = _bands(sizes)[name].run(heads // kv[name][0].shape[1])
+            out += [torch.empty_like(o), q.new_empty(heads // run, n, run, dtype=torch.float32)]
         else:
             out += [q.new_empty(0), q.new_empty(0)]
     picks = sizes.n - sizes.local

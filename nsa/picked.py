@@ -108,7 +108,8 @@ def _merge(
     some = there[:, None] & (pick < PICKS)[None, :]
     some &= tl.load(chosen + at[:, None] * PICKS + pick[None, :], mask=some, other=NONE) != NONE
     logs = tl.load(lse_part + (pair[:, None] + pick[None, :]) * G + (row % G)[:, None], mask=some, other=float("-inf"))
-    near = tl.load(lse + at * G + row % G, mask=there, other=0.0)
+    at_l = (group * n + first + local) * G + row % G
+    near = tl.load(lse + at_l, mask=there, other=0.0)
     peak = tl.maximum(near, tl.max(logs, 1))
     whole = peak + tl.log2(tl.exp2(near - peak) + tl.sum(tl.exp2(logs - peak[:, None]), 1))
     to_o = (o + (at * G + row % G) * F)[:, None] + f[None, :]
@@ -119,14 +120,14 @@ def _merge(
         weight = tl.exp2(tl.load(lse_part + part, mask=real, other=float("-inf")) - whole)
         values = tl.load((o_part + part * F)[:, None] + f[None, :], mask=real[:, None], other=0.0)
         acc += values.to(tl.float32) * weight[:, None]
-    tl.store(lse + at * G + row % G, whole, mask=there)
+    tl.store(lse + at_l, whole, mask=there)
     tl.store(to_o, acc.to(o.dtype.element_ty), mask=there[:, None])
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, pairs: Pairs, documents: Documents, slc: int
 ) -> None:
-    """Joins attention to the chosen blocks of `slc` tokens into o [n, h, dv] and lse [n, h], which hold the local part.
+    """Joins attention to the chosen blocks of `slc` tokens into o [n, h, dv] and lse [h_kv, n, h / h_kv], which hold the local part.
 
     q [n, h, dk], k [n, h_kv, dk], v [n, h_kv, dv].
     """
