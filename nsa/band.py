@@ -243,10 +243,7 @@ def _keys_step(
             seen = (key[:, None] >= _low(t, A, N)[None, :]) & (key[:, None] < high[None, :])
             p = tl.where(seen, p, 0.0)
         dv = tl.dot(p.to(g_out.dtype), g_out, dv, input_precision=EXACT)
-        ds = p * (dp - delta.load([at + i * GS])[None, :])
-        if MASK:
-            ds = tl.where(seen, ds, 0.0)
-        ds = ds.to(q1.dtype)
+        ds = (p * (dp - delta.load([at + i * GS])[None, :])).to(q1.dtype)
         dk = tl.dot(ds, q1, dk, input_precision=EXACT)
         if E2 > 0:
             dk2 = tl.dot(ds, q2, dk2, input_precision=EXACT)

@@ -34,9 +34,10 @@ def _branch(
     f = tl.arange(0, F)
     dot = tl.sum(do * tl.load((o + row * F)[:, None] + f[None, :], mask=there[:, None], other=0.0).to(tl.float32), 1)
     to = (head // GS * room + token) * GS + head % GS
-    tl.store(delta + to, dot, mask=there)
+    tl.store(delta + to, dot, mask=token < room)  # 0 where there is no token
     log = tl.log2(tl.load(gate, mask=there, other=0.0).to(tl.float32))  # -inf for 0: then exp2(s - shift) is 0
-    tl.store(shift + to, tl.load(lse + (head // GS * n + token) * GS + head % GS, mask=there, other=0.0) - log, mask=there)
+    total = tl.load(lse + (head // GS * n + token) * GS + head % GS, mask=there, other=0.0)
+    tl.store(shift + to, total - log, mask=there)
     tl.store(dgate, dot.to(dgate.dtype.element_ty), mask=there)
 
 
@@ -83,7 +84,7 @@ def products(do: Tensor, outputs: list[Tensor], lses: list[Tensor], gates: Tenso
     shifts, deltas = ([x.new_empty(len(x), room, x.shape[2]) for x in lses] for _ in range(2))
     three = [(x + x[:1] * 2)[:3] for x in (outputs, lses, shifts, deltas)]
     br = max(1, 2048 // width)
-    _products[triton.cdiv(n * heads, br),](
+    _products[triton.cdiv(room * heads, br),](
         do, gates, dgates, *three[0], *three[1], *three[2], *three[3], n, room, heads, *do.stride()[:2],
         *(x.shape[2] for x in three[1]), F=width, BRANCHES=len(outputs), BR=br, num_warps=4,
     )  # fmt: skip
