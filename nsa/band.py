@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, locate, precision
+from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, locate, precision, stretches
 
 FAR = tl.constexpr(1 << 30)
 
@@ -38,6 +38,10 @@ class Band:
     def keyed_by_block(self) -> bool:
         """Keys are compression blocks, not tokens."""
         return (self.L, self.D) != (1, 1)
+
+    def run(self, group: int) -> int:
+        """Heads whose statistics lie side by side, token by token: [h / run, n, run]."""
+        return 1 if self.keyed_by_block else group
 
 
 @triton.jit
@@ -175,8 +179,8 @@ def _add(at, value, there, ADD: tl.constexpr):
 
 @triton.jit(do_not_specialize=["documents"])
 def _backward_queries(
-    q, q_rest, k, k_rest, v, do, lse, delta, gate, dq, tokens, keys, documents, scale, k_h, v_h, heads, lse_t, lse_h,
-    G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    q, q_rest, k, k_rest, v, do, shift, delta, dq, tokens, keys, documents, scale, k_h, v_h, heads, room,
+    G: tl.constexpr, GS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, ADD: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -193,9 +197,8 @@ def _backward_queries(
     if E2 > 0:
         q2 = q_rest.load([start + place, group * G, E]).reshape(BQ * G, E2)
     g_out = do.load([start + place, group * G, 0]).reshape(BQ * G, F)
-    token = (start + t).to(tl.int64)
-    at = token * lse_t + head * lse_h
-    shift = tl.load(lse + at, mask=there, other=float("inf"))
+    at = (head // GS * room + start + t) * GS + head % GS
+    off = tl.load(shift + at, mask=there, other=float("inf"))
     drop = tl.load(delta + at, mask=there, other=0.0)
     low, high = _low(t, A, N), _high(t, L, D)
     first, left, inner, end = _edges(place, tl.minimum(place + BQ, length) - 1, BN, L, D, A, N)
@@ -203,36 +206,34 @@ def _backward_queries(
     acc1 = tl.zeros([BQ * G, E], tl.float32)
     if N < FAR:
         acc1, acc2 = _queries_step(
-            acc1, acc2, q1, q2, g_out, shift, drop, k, k_rest, v, base, k_at, v_at, first, left, low, high, scale,
+            acc1, acc2, q1, q2, g_out, off, drop, k, k_rest, v, base, k_at, v_at, first, left, low, high, scale,
             E, E2, F, BN, True, EXACT,
         )  # fmt: skip
     acc1, acc2 = _queries_step(
-        acc1, acc2, q1, q2, g_out, shift, drop, k, k_rest, v, base, k_at, v_at, left, inner, low, high, scale,
+        acc1, acc2, q1, q2, g_out, off, drop, k, k_rest, v, base, k_at, v_at, left, inner, low, high, scale,
         E, E2, F, BN, False, EXACT,
     )  # fmt: skip
     acc1, acc2 = _queries_step(
-        acc1, acc2, q1, q2, g_out, shift, drop, k, k_rest, v, base, k_at, v_at, inner, end, low, high, scale,
+        acc1, acc2, q1, q2, g_out, off, drop, k, k_rest, v, base, k_at, v_at, inner, end, low, high, scale,
         E, E2, F, BN, True, EXACT,
     )  # fmt: skip
-    weight = (tl.load(gate + at, mask=there, other=0.0) * (scale / 1.4426950408889634))[:, None]
-    out = (dq + (token * heads + head) * (E + E2))[:, None]
-    _add(out + tl.arange(0, E)[None, :], acc1 * weight, there[:, None], ADD)
+    out = (dq + ((start + t).to(tl.int64) * heads + head) * (E + E2))[:, None]
+    _add(out + tl.arange(0, E)[None, :], acc1 * (scale / 1.4426950408889634), there[:, None], ADD)
     if E2 > 0:
-        _add(out + E + tl.arange(0, E2)[None, :], acc2 * weight, there[:, None], ADD)
+        _add(out + E + tl.arange(0, E2)[None, :], acc2 * (scale / 1.4426950408889634), there[:, None], ADD)
 
 
 @triton.jit
 def _keys_step(
-    dk, dk2, dv, k, k2, v, q, q_rest, do, lse, delta, gate, lse_t, lse_h, origin, head, begin, end, limit, key, scale,
+    dk, dk2, dv, k, k2, v, q, q_rest, do, shift, delta, at, origin, head, begin, end, limit, key, scale,
     GS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
     BQ: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Adds to the gradients of a tile of keys what the queries [begin, end) with GS heads each send them."""
     row = tl.arange(0, BQ * GS)
-    offset = row // GS * lse_t + (head + row % GS) * lse_h
     steps = (end - begin + BQ - 1) // BQ
-    for step in tl.range(0, steps):  # backwards: tiles of keys start together at the last query and share what they read
+    for step in tl.range(0, steps):  # backwards: tiles of keys start together at the last query and share reads
         i = begin + (steps - 1 - step) * BQ
         q1 = q.load([origin + i, head, 0]).reshape(BQ * GS, E)
         s = tl.dot(k, q1.T, input_precision=EXACT)  # [keys, rows]
@@ -241,18 +242,14 @@ def _keys_step(
             s = tl.dot(k2, q2.T, s, input_precision=EXACT)
         g_out = do.load([origin + i, head, 0]).reshape(BQ * GS, F)
         dp = tl.dot(v, g_out.T, input_precision=EXACT)
-        at = (origin + i).to(tl.int64) * lse_t + offset
-        t = i + row // GS
-        shift = tl.load(lse + at, mask=t < limit, other=float("inf"))
-        drop = tl.load(delta + at, mask=t < limit, other=0.0)
-        weight = tl.load(gate + at, mask=t < limit, other=0.0)
-        p = tl.exp2(s * scale - shift[None, :])
+        p = tl.exp2(s * scale - shift.load([at + i * GS])[None, :])
         if MASK:
-            seen = (key[:, None] >= _low(t, A, N)[None, :]) & (key[:, None] < _high(t, L, D)[None, :])
+            t = i + row // GS
+            high = tl.where(t < limit, _high(t, L, D), 0)  # past the document's end are any rows, or none
+            seen = (key[:, None] >= _low(t, A, N)[None, :]) & (key[:, None] < high[None, :])
             p = tl.where(seen, p, 0.0)
-        p *= weight[None, :]
         dv = tl.dot(p.to(g_out.dtype), g_out, dv, input_precision=EXACT)
-        ds = (p * (dp - drop[None, :])).to(q1.dtype)
+        ds = (p * (dp - delta.load([at + i * GS])[None, :])).to(q1.dtype)
         dk = tl.dot(ds, q1, dk, input_precision=EXACT)
         if E2 > 0:
             dk2 = tl.dot(ds, q2, dk2, input_precision=EXACT)
@@ -261,16 +258,16 @@ def _keys_step(
 
 @triton.jit(do_not_specialize=["documents"])
 def _backward_keys(
-    q, q_rest, k, k_rest, v, do, lse, delta, gate, dk, dv, tokens, keys, documents, scale, k_h, v_h, groups, lse_t, lse_h, part,
-    G: tl.constexpr, SPLIT: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    q, q_rest, k, k_rest, v, do, shift, delta, dk, dv, tokens, keys, documents, scale, k_h, v_h, groups, room, part,
+    G: tl.constexpr, GS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    SPLIT: tl.constexpr = G // GS
     group, split = tl.program_id(1) // SPLIT, tl.program_id(1) % SPLIT
     document, first, count, place = locate(tl.program_id(0), keys, documents, BN)  # tile 0 has the most queries
     if place >= count:
         return
-    GS: tl.constexpr = G // SPLIT
     start = tl.load(tokens + document)
     length = tl.load(tokens + document + 1) - start
     key = place + tl.arange(0, BN)
@@ -284,6 +281,7 @@ def _backward_keys(
     # Queries that see any of the keys, then those that see all of them.
     last = tl.minimum(place + BN, count) - 1
     begin, end = place * D + L - 1, length
+    begin -= (start + begin) % 4  # `gates.products` says why; what lies before the document sees none of it
     left, inner = last * D + L - 1, length
     if N < FAR:
         end = tl.minimum(length, (last // A + N) * A)
@@ -291,27 +289,28 @@ def _backward_keys(
     left = tl.minimum(begin + (left - begin + BQ - 1) // BQ * BQ, end)
     inner = tl.maximum(left, left + (inner - left) // BQ * BQ)
     head = group * G + split * GS
+    at = (head // GS * room + start) * GS  # where the numbers of the document's first token are
     # Rows of keys past the last one hold what nobody stores.
     dk1, dk2, dv1 = _keys_step(
-        dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, lse, delta, gate, lse_t, lse_h, start, head, inner, end, end, key,
+        dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, shift, delta, at, start, head, inner, end, end, key,
         scale, GS, E, E2, F, L, D, A, N, BQ, True, EXACT,
     )  # fmt: skip
     dk1, dk2, dv1 = _keys_step(
-        dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, lse, delta, gate, lse_t, lse_h, start, head, left, inner, end, key,
+        dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, shift, delta, at, start, head, left, inner, end, key,
         scale, GS, E, E2, F, L, D, A, N, BQ, False, EXACT,
     )  # fmt: skip
     dk1, dk2, dv1 = _keys_step(
-        dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, lse, delta, gate, lse_t, lse_h, start, head, begin, left, end, key,
+        dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, shift, delta, at, start, head, begin, left, end, key,
         scale, GS, E, E2, F, L, D, A, N, BQ, True, EXACT,
     )  # fmt: skip
     there = (key < count)[:, None]
-    at = (first + key).to(tl.int64) * groups + group
-    out = (dk + split * part + at * (E + E2))[:, None]
+    at_k = (first + key).to(tl.int64) * groups + group
+    out = (dk + split * part + at_k * (E + E2))[:, None]
     tl.store(out + tl.arange(0, E)[None, :], (dk1 * (scale / 1.4426950408889634)).to(dk.dtype.element_ty), mask=there)
     if E2 > 0:
         dk2 = (dk2 * (scale / 1.4426950408889634)).to(dk.dtype.element_ty)
         tl.store(out + E + tl.arange(0, E2)[None, :], dk2, mask=there)
-    out = (dv + split * (part // (E + E2) * F) + at * F)[:, None]
+    out = (dv + split * (part // (E + E2) * F) + at_k * F)[:, None]
     tl.store(out + tl.arange(0, F)[None, :], dv1.to(dv.dtype.element_ty), mask=there)
 
 
@@ -349,13 +348,12 @@ def forward(
 
 
 def backward_queries(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor, dq: Tensor, add: bool,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor, dq: Tensor, add: bool,
     documents: Documents, band: Band,
 ) -> None:  # fmt: skip
     """Writes the gradient of q to dq [n, h, dk], or adds it.
 
-    do [n, h, dv] is the gradient of the gated output, gate [n, h] this branch's gate and delta [n, h] the product
-    <do, o> of its output, both fp32 and strided like lse.
+    do [n, h, dv] is the gradient of the gated output; shift and delta are this branch's of `gates.products`.
     """
     if len(k) == 0:
         dq.copy_(dq if add else torch.zeros_like(dq))
@@ -363,14 +361,15 @@ def backward_queries(
     shape, how = _shape(q, k, v, band), QUERIES[q.element_size()]
     bq, bn, g = how.queries(shape["G"]), how.columns, shape["G"]
     _backward_queries[documents.tiles(bq), k.shape[1]](
-        *boxes(q, bq, g), *columns(k, bn), columns(v, bn)[0], boxes(do, bq, g)[0], lse, delta, gate, dq,
+        *boxes(q, bq, g), *columns(k, bn), columns(v, bn)[0], boxes(do, bq, g)[0], shift, delta, dq,
         documents.tokens, _keys(documents, band), documents.count, q.shape[2] ** -0.5 * LOG2E,
-        k.stride(1), v.stride(1), q.shape[1], *lse.stride(), **shape, BQ=bq, BN=bn, ADD=add, **how.options,
+        k.stride(1), v.stride(1), q.shape[1], shift.shape[1], **shape, GS=shift.shape[2], BQ=bq,
+        BN=bn, ADD=add, **how.options,
     )  # fmt: skip
 
 
 def backward_keys(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor,
     documents: Documents, band: Band, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of k and v in `dtype`. Arguments as in `backward_queries`.
@@ -381,13 +380,15 @@ def backward_keys(
     if m == 0:
         return torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
     shape, how = _shape(q, k, v, band), KEYS[q.element_size()]
-    split = shape["G"] if band.keyed_by_block else 1
+    run = shift.shape[2]
+    split = shape["G"] // run
     dk = k.new_empty(split, m, groups, e, dtype=torch.float32 if split > 1 else dtype)
     dv = v.new_empty(split, m, groups, v.shape[2], dtype=dk.dtype)
-    bq, bn = how.queries(shape["G"] // split), how.columns
+    bq, bn = how.queries(run), how.columns
     _backward_keys[m // bn + documents.count, groups * split](
-        *boxes(q, bq, shape["G"] // split), *columns(k, bn), columns(v, bn)[0], boxes(do, bq, shape["G"] // split)[0],
-        lse, delta, gate, dk, dv, documents.tokens, _keys(documents, band), documents.count, e**-0.5 * LOG2E,
-        k.stride(1), v.stride(1), groups, *lse.stride(), dk.stride(0), **shape, SPLIT=split, BQ=bq, BN=bn, **how.options,
+        *boxes(q, bq, run), *columns(k, bn), columns(v, bn)[0], boxes(do, bq, run)[0], stretches(shift, bq * run),
+        stretches(delta, bq * run), dk, dv, documents.tokens, _keys(documents, band), documents.count,
+        e**-0.5 * LOG2E, k.stride(1), v.stride(1), groups, shift.shape[1], dk.stride(0), **shape, GS=run, BQ=bq,
+        BN=bn, **how.options,
     )  # fmt: skip
     return (dk[0], dv[0]) if split == 1 else (dk.sum(0).to(dtype), dv.sum(0).to(dtype))

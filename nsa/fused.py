@@ -130,11 +130,11 @@ def _nsa_backward(
     kv = {name: (rows(k), rows(v)) for name, k, v in _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)}
     out = {name: (saved[2 * i], saved[2 * i + 1]) for i, name in enumerate(NAMES)}
     outputs, lses = [out[name][0] for name in branches], [out[name][1] for name in branches]
-    dgates, deltas, weights = gates.products(do, outputs, lses, gates_.contiguous())
+    dgates, shifts, deltas = gates.products(do, outputs, lses, gates_.contiguous())
     dq = q.new_empty(q.shape)
     grads = {name: (q.new_empty(0), q.new_empty(0)) for name in NAMES}
     for c, name in enumerate(branches):
-        args = (q, *kv[name], do, lses[c], deltas[c], weights[c])
+        args = (q, *kv[name], do, shifts[c], deltas[c])
         rule = _bands(sizes)[name]
         band.backward_queries(*args, dq, c > 0, documents, rule)
         chosen = name == "slc" and sizes.n > sizes.local

@@ -231,8 +231,8 @@ def forward(
 
 @triton.jit(do_not_specialize=["documents", "chunk"])
 def _backward(
-    q, k, k_rest, v, do, lse, delta, gate, dq, dk, dv, keys, order, starts, tokens, documents, scale, chunk, blocks, base,
-    q_t, q_h, k_h, v_h, do_t, do_h, lse_t, lse_h, slots,
+    q, k, k_rest, v, do, shift, delta, dq, dk, dv, keys, order, starts, tokens, documents, scale, chunk, blocks, base,
+    q_t, q_h, k_h, v_h, do_t, do_h, room, slots,
     G: tl.constexpr, GROUPS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     PICKS: tl.constexpr, SLC: tl.constexpr, BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -264,11 +264,10 @@ def _backward(
                 q2 = tl.load(at_q[:, None] + E + e2[None, :], mask=there[:, None], other=0.0)
                 s = tl.dot(k2, tl.trans(q2), s, input_precision=EXACT)
             g_out = tl.load((do + token * do_t + head * do_h)[:, None] + f[None, :], mask=there[:, None], other=0.0)
-            at_s = token * lse_t + head * lse_h
-            shift = tl.load(lse + at_s, mask=there, other=float("inf"))
+            at_s = (group * room + pair // (GROUPS * PICKS)) * G + row % G
+            off = tl.load(shift + at_s, mask=there, other=float("inf"))
             drop = tl.load(delta + at_s, mask=there, other=0.0)
-            weight = tl.load(gate + at_s, mask=there, other=0.0)
-            p = tl.exp2(s * scale - shift[None, :]) * weight[None, :]
+            p = tl.exp2(s * scale - off[None, :])
             dv1 = tl.dot(p.to(g_out.dtype), g_out, dv1, input_precision=EXACT)
             dp = tl.dot(values, tl.trans(g_out), input_precision=EXACT)
             ds = (p * (dp - drop[None, :])).to(q1.dtype)
@@ -338,13 +337,12 @@ def _merge_keys(
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor,
     dq: Tensor, dk: Tensor, dv: Tensor, pairs: Pairs, documents: Documents, slc: int,
 ) -> None:  # fmt: skip
     """Adds to dq [n, h, dk] in its dtype, and to dk [n, h_kv, dk] and dv [n, h_kv, dv] in fp32.
 
-    do [n, h, dv] is the gradient of the gated output, gate [n, h] the branch's gate, delta [n, h] the product <do, o> of
-    the branch's whole output, lse [n, h] its log-sum-exp: fp32, strided alike.
+    do [n, h, dv] is the gradient of the gated output; shift and delta are the whole branch's of `gates.products`.
     """
     n, heads, e = q.shape
     groups, width, g = k.shape[1], v.shape[2], heads // k.shape[1]
@@ -359,9 +357,9 @@ def backward(
     for c, first in enumerate(range(0, n, pairs.chunk)):
         count = min(pairs.chunk, n - first)
         _backward[triton.cdiv(count * pairs.picks, RUN), groups](
-            q, *columns(k, slc), columns(v, slc)[0], do, lse, delta, gate, part, dk_part, dv_part, pairs.keys, pairs.order, pairs.starts,
+            q, *columns(k, slc), columns(v, slc)[0], do, shift, delta, part, dk_part, dv_part, pairs.keys, pairs.order, pairs.starts,
             documents.tokens, documents.count, scale * LOG2E, c, pairs.blocks, first * groups * pairs.picks,
-            *q.stride()[:2], k.stride(1), v.stride(1), *do.stride()[:2], *lse.stride(),
+            *q.stride()[:2], k.stride(1), v.stride(1), *do.stride()[:2], shift.shape[1],
             runs + pairs.blocks, G=g, GROUPS=groups, E=e1, E2=e2, F=width, PICKS=pairs.picks, SLC=slc, BM=how.queries(g), RUN=RUN,
             EXACT=precision(q), **how.options,
         )  # fmt: skip

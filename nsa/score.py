@@ -21,7 +21,7 @@ NONE = 2**31 - 1  # the key of no block, after all others in order
 
 @triton.jit(do_not_specialize=["documents"])
 def _score(
-    q, q_rest, k, k_rest, lse, scores, tokens, blocks, documents, scale, first_tile, lse_t, lse_h, width,
+    q, q_rest, k, k_rest, lse, scores, tokens, blocks, documents, scale, first_tile, n, width,
     G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -48,11 +48,11 @@ def _score(
     k1 = k.load([base, group, 0]).reshape(BN, E)
     if E2 > 0:
         k2 = k_rest.load([base, group, E]).reshape(BN, E2)
-    at = lse + (start + t).to(tl.int64) * lse_t + group * G * lse_h
+    at = lse + group * G * n + start + t
     total = tl.zeros([BQ, BN], tl.float32)
     for h in tl.range(0, G):
         q1 = q.load([start + place, group * G + h, 0]).reshape(BQ, E)
-        shift = tl.load(at + h * lse_h, mask=there, other=float("inf"))
+        shift = tl.load(at + h * n, mask=there, other=float("inf"))
         s = tl.dot(q1, k1.T, input_precision=EXACT)
         if E2 > 0:
             s = tl.dot(q_rest.load([start + place, group * G + h, E]).reshape(BQ, E2), k2.T, s, input_precision=EXACT)
@@ -109,7 +109,7 @@ def _choose(
 def choose(q: Tensor, k: Tensor, lse: Tensor, documents: Documents, sizes: Attention, chunk: int) -> Tensor:
     """keys [n, h_kv, n_picks] int32 of the blocks chosen for each query beyond the local ones, best first.
 
-    q [n, h, dk], compressed keys k [m, h_kv, dk], and the log-sum-exp [n, h] of q over k. A key is
+    q [n, h, dk], compressed keys k [m, h_kv, dk], and the log-sum-exp [h, n, 1] of q over k. A key is
     (token // chunk * h_kv + KV head) * blocks + block, where a document's block 0 is start // l_slc + document; NONE
     where a query has fewer.
     """

@@ -90,6 +90,11 @@ def columns(x: Tensor, tokens: int) -> tuple[TensorDescriptor, TensorDescriptor]
     return cut[0], cut[-1]
 
 
+def stretches(x: Tensor, size: int) -> TensorDescriptor:
+    """What loads `size` numbers of contiguous x, as if it were flat: what belongs to the rows of a tile."""
+    return TensorDescriptor(x, [x.numel()], [1], [size])
+
+
 def precision(x: Tensor) -> str:
     """What products of fp32 operands are computed in; 16-bit operands have one way only."""
     return "tf32x3" if x.is_cuda else "ieee"
