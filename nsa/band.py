@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from configs.schema import Attention, Branch
 from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, locate, precision, stretches
 
 FAR = tl.constexpr(1 << 30)
+NAMES = [b.value for b in Branch]
 
 # By bytes of an element; those for 16 bits were timed on an H200.
 FORWARD = {2: Launch(64, 64, 4, 3), 4: Launch(64, 32, 4, 2)}
@@ -42,6 +44,15 @@ class Band:
     def run(self, group: int) -> int:
         """Heads whose statistics lie side by side, token by token: [h / run, n, run]."""
         return 1 if self.keyed_by_block else group
+
+
+def bands(sizes: Attention) -> dict[str, Band]:
+    """The band of each branch; of slc the local blocks."""
+    return {
+        "cmp": Band(L=sizes.l, D=sizes.d),
+        "slc": Band(A=sizes.l_slc, N=sizes.local),
+        "win": Band(N=sizes.w),
+    }
 
 
 @triton.jit
@@ -92,55 +103,80 @@ def _edges(place, last, BN: tl.constexpr, L: tl.constexpr, D: tl.constexpr, A: t
     return first, left, inner, end
 
 
-@triton.jit(do_not_specialize=["documents"])
-def _forward(
-    q, q_rest, k, k_rest, v, o, lse, tokens, keys, documents, scale, k_h, v_h, n, heads,
+@triton.jit
+def _band(
+    q, q2, k, k_rest, v, o, lse, base, k_at, v_at, start, place, length, n, heads, group, scale,
     G: tl.constexpr, GS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr, SINK: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """One branch of a tile of queries; they also see the first SINK keys, as far as these lie before the band."""
+    row = tl.arange(0, BQ * G)
+    t, head = place + row // G, group * G + row % G
+    low, high = _low(t, A, N), _high(t, L, D)
+    last = tl.minimum(place + BQ, length) - 1
+    first, left, inner, end = _edges(place, last, BN, L, D, A, N)
+    acc = tl.zeros([BQ * G, F], tl.float32)
+    total = tl.zeros([BQ * G], tl.float32)
+    peak = total - float("inf")
+    if SINK > 0:
+        acc, total, peak = _attend(
+            acc, total, peak, q, q2, k, k_rest, v, base, k_at, v_at, 0, tl.minimum(_low(last, A, N), SINK), low * 0,
+            tl.minimum(low, SINK), scale, E, E2, F, BN, True, EXACT,
+        )  # fmt: skip
+    if N < FAR:
+        acc, total, peak = _attend(
+            acc, total, peak, q, q2, k, k_rest, v, base, k_at, v_at, first, left, low, high, scale,
+            E, E2, F, BN, True, EXACT,
+        )  # fmt: skip
+    acc, total, peak = _attend(
+        acc, total, peak, q, q2, k, k_rest, v, base, k_at, v_at, left, inner, low, high, scale,
+        E, E2, F, BN, False, EXACT,
+    )  # fmt: skip
+    acc, total, peak = _attend(
+        acc, total, peak, q, q2, k, k_rest, v, base, k_at, v_at, inner, end, low, high, scale,
+        E, E2, F, BN, True, EXACT,
+    )  # fmt: skip
+    some, there = total > 0, t < length
+    acc = acc * (1.0 / tl.where(some, total, 1.0))[:, None]
+    out = (o + ((start + t).to(tl.int64) * heads + head) * F)[:, None] + tl.arange(0, F)[None, :]
+    tl.store(out, acc.to(o.dtype.element_ty), mask=there[:, None])
+    log = tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("inf"))  # exp2(s - inf) = 0 in backward
+    tl.store(lse + (head // GS * n + start + t) * GS + head % GS, log, mask=there)
+
+
+@triton.jit(do_not_specialize=["documents", "n"])
+def _forward(
+    q, q_rest, k1, k1_rest, v1, o1, lse1, k2, k2_rest, v2, o2, lse2, k3, k3_rest, v3, o3, lse3,
+    tokens, blocks, documents, scale, k1_h, v1_h, k2_h, v2_h, k3_h, v3_h, n, heads,
+    G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    CMP: tl.constexpr, SLC: tl.constexpr, WIN: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, LOCAL: tl.constexpr, SINK: tl.constexpr, W: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     tile, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the longest first
     document, start, length, place = locate(tile, tokens, documents, BQ)
     if place >= length:
         return
-    row = tl.arange(0, BQ * G)
-    t, head = place + row // G, group * G + row % G
     q1 = q.load([start + place, group * G, 0]).reshape(BQ * G, E)
     q2 = q1
     if E2 > 0:
         q2 = q_rest.load([start + place, group * G, E]).reshape(BQ * G, E2)
-    low, high = _low(t, A, N), _high(t, L, D)
-    first, left, inner, end = _edges(place, tl.minimum(place + BQ, length) - 1, BN, L, D, A, N)
-    base, k_at, v_at = tl.load(keys + document), group * k_h, group * v_h
-    acc = tl.zeros([BQ * G, F], tl.float32)
-    total = tl.zeros([BQ * G], tl.float32)
-    peak = total - float("inf")
-    if SINK > 0:
-        sink = tl.minimum(_low(tl.minimum(place + BQ, length) - 1, A, N), SINK)
-        acc, total, peak = _attend(
-            acc, total, peak, q1, q2, k, k_rest, v, base, k_at, v_at, 0, sink, low * 0, tl.minimum(low, SINK), scale,
-            E, E2, F, BN, True, EXACT,
+    if CMP:
+        _band(
+            q1, q2, k1, k1_rest, v1, o1, lse1, tl.load(blocks + document), group * k1_h, group * v1_h, start, place,
+            length, n, heads, group, scale, G, 1, E, E2, F, L, D, 1, FAR, 0, BQ, BN, EXACT,
         )  # fmt: skip
-    if N < FAR:
-        acc, total, peak = _attend(
-            acc, total, peak, q1, q2, k, k_rest, v, base, k_at, v_at, first, left, low, high, scale,
-            E, E2, F, BN, True, EXACT,
+    if SLC:
+        _band(
+            q1, q2, k2, k2_rest, v2, o2, lse2, start, group * k2_h, group * v2_h, start, place, length, n, heads, group,
+            scale, G, G, E, E2, F, 1, 1, A, LOCAL, SINK, BQ, BN, EXACT,
         )  # fmt: skip
-    acc, total, peak = _attend(
-        acc, total, peak, q1, q2, k, k_rest, v, base, k_at, v_at, left, inner, low, high, scale,
-        E, E2, F, BN, False, EXACT,
-    )  # fmt: skip
-    acc, total, peak = _attend(
-        acc, total, peak, q1, q2, k, k_rest, v, base, k_at, v_at, inner, end, low, high, scale,
-        E, E2, F, BN, True, EXACT,
-    )  # fmt: skip
-    some, there = total > 0, t < length
-    acc = acc * (1.0 / tl.where(some, total, 1.0))[:, None]
-    token = (start + t).to(tl.int64)
-    out = (o + (token * heads + head) * F)[:, None] + tl.arange(0, F)[None, :]
-    tl.store(out, acc.to(o.dtype.element_ty), mask=there[:, None])
-    log = tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("inf"))  # exp2(s - inf) = 0 in backward
-    tl.store(lse + ((head // GS).to(tl.int64) * n + token) * GS + head % GS, log, mask=there)
+    if WIN:
+        _band(
+            q1, q2, k3, k3_rest, v3, o3, lse3, start, group * k3_h, group * v3_h, start, place, length, n, heads, group,
+            scale, G, G, E, E2, F, 1, 1, 1, W, 0, BQ, BN, EXACT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -170,57 +206,80 @@ def _queries_step(
 
 
 @triton.jit
-def _add(at, value, there, ADD: tl.constexpr):
-    """Stores a tile of fp32 sums, added to what is there if ADD."""
-    if ADD:
-        value += tl.load(at, mask=there, other=0.0).to(tl.float32)
-    tl.store(at, value.to(at.dtype.element_ty), mask=there)
-
-
-@triton.jit(do_not_specialize=["documents"])
-def _backward_queries(
-    q, q_rest, k, k_rest, v, do, shift, delta, dq, tokens, keys, documents, scale, k_h, v_h, heads, room,
+def _queries_band(
+    acc1, acc2, q, q2, do, shift, delta, k, k_rest, v, base, k_at, v_at, start, place, length, room, group, scale,
     G: tl.constexpr, GS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
-    BQ: tl.constexpr, BN: tl.constexpr, ADD: tl.constexpr, EXACT: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    tile, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    document, start, length, place = locate(tile, tokens, documents, BQ)
-    if place >= length:
-        return
+    """Adds what one branch sends to a tile of queries."""
     row = tl.arange(0, BQ * G)
     t, head = place + row // G, group * G + row % G
     there = t < length
-    q1 = q.load([start + place, group * G, 0]).reshape(BQ * G, E)
-    q2 = q1
-    acc2 = tl.zeros([BQ * G, E2 if E2 > 0 else 1], tl.float32)
-    if E2 > 0:
-        q2 = q_rest.load([start + place, group * G, E]).reshape(BQ * G, E2)
-    g_out = do.load([start + place, group * G, 0]).reshape(BQ * G, F)
     at = (head // GS * room + start + t) * GS + head % GS
     off = tl.load(shift + at, mask=there, other=float("inf"))
     drop = tl.load(delta + at, mask=there, other=0.0)
     low, high = _low(t, A, N), _high(t, L, D)
     first, left, inner, end = _edges(place, tl.minimum(place + BQ, length) - 1, BN, L, D, A, N)
-    base, k_at, v_at = tl.load(keys + document), group * k_h, group * v_h
-    acc1 = tl.zeros([BQ * G, E], tl.float32)
     if N < FAR:
         acc1, acc2 = _queries_step(
-            acc1, acc2, q1, q2, g_out, off, drop, k, k_rest, v, base, k_at, v_at, first, left, low, high, scale,
+            acc1, acc2, q, q2, do, off, drop, k, k_rest, v, base, k_at, v_at, first, left, low, high, scale,
             E, E2, F, BN, True, EXACT,
         )  # fmt: skip
     acc1, acc2 = _queries_step(
-        acc1, acc2, q1, q2, g_out, off, drop, k, k_rest, v, base, k_at, v_at, left, inner, low, high, scale,
+        acc1, acc2, q, q2, do, off, drop, k, k_rest, v, base, k_at, v_at, left, inner, low, high, scale,
         E, E2, F, BN, False, EXACT,
     )  # fmt: skip
     acc1, acc2 = _queries_step(
-        acc1, acc2, q1, q2, g_out, off, drop, k, k_rest, v, base, k_at, v_at, inner, end, low, high, scale,
+        acc1, acc2, q, q2, do, off, drop, k, k_rest, v, base, k_at, v_at, inner, end, low, high, scale,
         E, E2, F, BN, True, EXACT,
     )  # fmt: skip
-    out = (dq + ((start + t).to(tl.int64) * heads + head) * (E + E2))[:, None]
-    _add(out + tl.arange(0, E)[None, :], acc1 * (scale / 1.4426950408889634), there[:, None], ADD)
+    return acc1, acc2
+
+
+@triton.jit(do_not_specialize=["documents", "room"])
+def _backward_queries(
+    q, q_rest, do, dq, k1, k1_rest, v1, shift1, delta1, k2, k2_rest, v2, shift2, delta2, k3, k3_rest, v3, shift3, delta3,
+    tokens, blocks, documents, scale, k1_h, v1_h, k2_h, v2_h, k3_h, v3_h, room, heads,
+    G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    CMP: tl.constexpr, SLC: tl.constexpr, WIN: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, LOCAL: tl.constexpr, W: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    tile, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    document, start, length, place = locate(tile, tokens, documents, BQ)
+    if place >= length:
+        return
+    q1 = q.load([start + place, group * G, 0]).reshape(BQ * G, E)
+    q2 = q1
     if E2 > 0:
-        _add(out + E + tl.arange(0, E2)[None, :], acc2 * (scale / 1.4426950408889634), there[:, None], ADD)
+        q2 = q_rest.load([start + place, group * G, E]).reshape(BQ * G, E2)
+    g_out = do.load([start + place, group * G, 0]).reshape(BQ * G, F)
+    acc1, acc2 = tl.zeros([BQ * G, E], tl.float32), tl.zeros([BQ * G, E2 if E2 > 0 else 1], tl.float32)
+    if CMP:
+        acc1, acc2 = _queries_band(
+            acc1, acc2, q1, q2, g_out, shift1, delta1, k1, k1_rest, v1, tl.load(blocks + document), group * k1_h,
+            group * v1_h, start, place, length, room, group, scale, G, 1, E, E2, F, L, D, 1, FAR, BQ, BN, EXACT,
+        )  # fmt: skip
+    if SLC:
+        acc1, acc2 = _queries_band(
+            acc1, acc2, q1, q2, g_out, shift2, delta2, k2, k2_rest, v2, start, group * k2_h, group * v2_h, start, place,
+            length, room, group, scale, G, G, E, E2, F, 1, 1, A, LOCAL, BQ, BN, EXACT,
+        )  # fmt: skip
+    if WIN:
+        acc1, acc2 = _queries_band(
+            acc1, acc2, q1, q2, g_out, shift3, delta3, k3, k3_rest, v3, start, group * k3_h, group * v3_h, start, place,
+            length, room, group, scale, G, G, E, E2, F, 1, 1, 1, W, BQ, BN, EXACT,
+        )  # fmt: skip
+    row = tl.arange(0, BQ * G)
+    t, head = place + row // G, group * G + row % G
+    there = (t < length)[:, None]
+    out = (dq + ((start + t).to(tl.int64) * heads + head) * (E + E2))[:, None]
+    acc1 *= scale / 1.4426950408889634
+    tl.store(out + tl.arange(0, E)[None, :], acc1.to(dq.dtype.element_ty), mask=there)
+    if E2 > 0:
+        acc2 *= scale / 1.4426950408889634
+        tl.store(out + E + tl.arange(0, E2)[None, :], acc2.to(dq.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -323,49 +382,69 @@ def _keys(documents: Documents, band: Band) -> Tensor:
     return documents.blocks if band.keyed_by_block else documents.tokens
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, band: Band, sink: int = 0
-) -> tuple[Tensor, Tensor]:
-    """o [n, h, dv] in q's dtype and the base-2 log-sum-exp [h / s, n, s] fp32, +inf for a query that sees no key.
+def _branches(kv: dict[str, tuple[Tensor, Tensor]], rows: int, extra: dict[str, tuple]) -> tuple[list, list, dict]:
+    """Of cmp, slc and win, for a kernel that takes all three: their tensors, strides, and which of them are there.
 
-    q [n, h, dk]; k [m, h_kv, dk], v [m, h_kv, dv] over tokens or, if `band.keyed_by_block`, compression blocks. Queries
-    also see the first `sink` keys of their document, as far as these lie before the band. Of the log-sum-exp s heads lie
-    side by side: one where blocks are keys, those of a group elsewhere; as backward reads them.
+    In the place of one that is not there stands another.
+    """
+    there = {name: name in kv and len(kv[name][0]) > 0 for name in NAMES}
+    some = next(name for name in NAMES if there[name])
+    tensors, strides = [], []
+    for name in NAMES:
+        name = name if there[name] else some
+        k, v = kv[name]
+        tensors += [*columns(k, rows), columns(v, rows)[0], *extra[name]]
+        strides += [k.stride(1), v.stride(1)]
+    return tensors, strides, {name.upper(): there[name] for name in NAMES}
+
+
+def forward(
+    q: Tensor, kv: dict[str, tuple[Tensor, Tensor]], documents: Documents, sizes: Attention
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each branch o [n, h, dv] in q's dtype and the base-2 log-sum-exp [h / s, n, s] fp32, +inf where there is no key.
+
+    q [n, h, dk]; kv {branch: (k [m, h_kv, dk], v [m, h_kv, dv])}, over compression blocks for cmp. Of slc these are the
+    local and the first blocks. Of the log-sum-exp s = `Band.run` heads lie side by side.
     """
     n, heads, e = q.shape
-    shape, how = _shape(q, k, v, band), FORWARD[q.element_size()]
-    together = 1 if band.keyed_by_block else shape["G"]
-    o, lse = q.new_empty(n, heads, v.shape[2]), q.new_empty(heads // together, n, together, dtype=torch.float32)
-    if len(k) == 0:
-        return o.zero_(), lse.fill_(torch.inf)
-    bq, bn = how.queries(shape["G"]), how.columns
-    _forward[documents.tiles(bq), k.shape[1]](
-        *boxes(q, bq, shape["G"]), *columns(k, bn), columns(v, bn)[0], o, lse, documents.tokens,
-        _keys(documents, band), documents.count, e**-0.5 * LOG2E, k.stride(1), v.stride(1), n, heads,
-        **shape, GS=together, SINK=sink, BQ=bq, BN=bn, **how.options,
+    out, g, how = {}, heads // next(iter(kv.values()))[0].shape[1], FORWARD[q.element_size()]
+    for name, (k, v) in kv.items():
+        run = bands(sizes)[name].run(g)
+        o, lse = q.new_empty(n, heads, v.shape[2]), q.new_empty(heads // run, n, run, dtype=torch.float32)
+        out[name] = (o, lse) if len(k) else (o.zero_(), lse.fill_(torch.inf))
+    if not any(len(k) for k, _ in kv.values()):
+        return out
+    bq, bn, (e1, e2) = how.queries(g), how.columns, halves(e)
+    tensors, strides, there = _branches(kv, bn, out)
+    _forward[documents.tiles(bq), heads // g](
+        *boxes(q, bq, g), *tensors, documents.tokens, documents.blocks, documents.count, e**-0.5 * LOG2E, *strides,
+        n, heads, G=g, E=e1, E2=e2, F=o.shape[2], **there, L=sizes.l, D=sizes.d, A=sizes.l_slc, LOCAL=sizes.local,
+        SINK=sizes.initial * sizes.l_slc, W=sizes.w, BQ=bq, BN=bn, EXACT=precision(q), **how.options,
     )  # fmt: skip
-    return o, lse
+    return out
 
 
 def backward_queries(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor, dq: Tensor, add: bool,
-    documents: Documents, band: Band,
-) -> None:  # fmt: skip
-    """Writes the gradient of q to dq [n, h, dk], or adds it.
+    q: Tensor, kv: dict[str, tuple[Tensor, Tensor]], do: Tensor, statistics: dict[str, tuple[Tensor, Tensor]],
+    documents: Documents, sizes: Attention,
+) -> Tensor:  # fmt: skip
+    """The gradient of q [n, h, dk] by all branches: of slc by the local blocks.
 
-    do [n, h, dv] is the gradient of the gated output; shift and delta are this branch's of `gates.products`.
+    do [n, h, dv] is the gradient of the gated output, statistics {branch: (shift, delta)} are from `gates.products`.
     """
-    if len(k) == 0:
-        dq.copy_(dq if add else torch.zeros_like(dq))
-        return
-    shape, how = _shape(q, k, v, band), QUERIES[q.element_size()]
-    bq, bn, g = how.queries(shape["G"]), how.columns, shape["G"]
-    _backward_queries[documents.tiles(bq), k.shape[1]](
-        *boxes(q, bq, g), *columns(k, bn), columns(v, bn)[0], boxes(do, bq, g)[0], shift, delta, dq,
-        documents.tokens, _keys(documents, band), documents.count, q.shape[2] ** -0.5 * LOG2E,
-        k.stride(1), v.stride(1), q.shape[1], shift.shape[1], **shape, GS=shift.shape[2], BQ=bq,
-        BN=bn, ADD=add, **how.options,
+    _, heads, e = q.shape
+    if not any(len(k) for k, _ in kv.values()):
+        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    g, how = heads // next(iter(kv.values()))[0].shape[1], QUERIES[q.element_size()]
+    bq, bn, (e1, e2), dq = how.queries(g), how.columns, halves(e), q.new_empty(q.shape)
+    tensors, strides, there = _branches(kv, bn, statistics)
+    _backward_queries[documents.tiles(bq), heads // g](
+        *boxes(q, bq, g), boxes(do, bq, g)[0], dq, *tensors, documents.tokens, documents.blocks, documents.count,
+        e**-0.5 * LOG2E, *strides, next(iter(statistics.values()))[0].shape[1], heads,
+        G=g, E=e1, E2=e2, F=do.shape[2], **there, L=sizes.l, D=sizes.d, A=sizes.l_slc, LOCAL=sizes.local, W=sizes.w,
+        BQ=bq, BN=bn, EXACT=precision(q), **how.options,
     )  # fmt: skip
+    return dq
 
 
 def backward_keys(

@@ -11,7 +11,6 @@ from configs.schema import Attention, Branch
 from nsa import band, gates, picked, score
 from nsa.tiles import Documents, halves, rows
 
-PAIR_BYTES = 1.9e9  # at most, for what the pairs of a chunk of queries leave to be merged
 NAMES = [b.value for b in Branch]
 
 
@@ -47,46 +46,31 @@ def _chunk(n: int, blocks: int) -> int:
     return min(512, max(128, (1 << (blocks // 2).bit_length()) // 2))
 
 
-def _bands(sizes: Attention) -> dict[str, band.Band]:
-    return {
-        "cmp": band.Band(L=sizes.l, D=sizes.d),
-        "slc": band.Band(A=sizes.l_slc, N=sizes.local),  # the local part of it
-        "win": band.Band(N=sizes.w),
-    }
-
-
 @torch.library.custom_op("sparsetron::nsa", mutates_args=())
 def _nsa(
     q: Tensor, k_cmp: Optional[Tensor], v_cmp: Optional[Tensor], k_slc: Optional[Tensor], v_slc: Optional[Tensor],
     k_win: Optional[Tensor], v_win: Optional[Tensor], gates_: Tensor, cu_seqlens: Tensor, numbers: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gated sum, and for backward output and log-sum-exp of cmp, slc and win, and the four tensors of Pairs."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gated sum, and for backward output and log-sum-exp of cmp, slc and win, and the chosen blocks."""
     sizes, branches = _sizes(numbers)
     documents = Documents.of(cu_seqlens, sizes, q.device)
     q = rows(q)
     kv = {name: (rows(k), rows(v)) for name, k, v in _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)}
-    out, pairs = {name: (q.new_empty(0), q.new_empty(0)) for name in NAMES}, [q.new_empty(0) for _ in range(4)]
-    bands = _bands(sizes)
-    sink = sizes.initial * sizes.l_slc
-    for name in branches:
-        out[name] = band.forward(q, *kv[name], documents, bands[name], sink if name == "slc" else 0)
-    if "slc" in branches and sizes.n > sizes.local:
-        if "cmp" in branches:
-            k, lse = kv["cmp"][0], out["cmp"][1]
-        else:
-            k = rows(k_cmp)
-            lse = band.forward(q, k, k[..., : halves(k.shape[2])[0]], documents, bands["cmp"])[1]
-        chosen = score.choose(q, k, lse, documents, sizes, 1 << 30)
-        blocks = documents.tiles(sizes.l_slc)
-        found = picked.sort(chosen, _chunk(len(q), blocks), blocks)
-        outputs = {name: out[name][0] for name in branches}
-        o = picked.forward(
-            q, *kv["slc"], outputs, out["slc"][1], gates_.contiguous(), found, documents, sizes.l_slc, sizes.initial
-        )
-        pairs = [found.keys, found.order, found.starts, found.chosen]
-    else:
-        o = gates.gated_sum([out[name][0] for name in branches], gates_.contiguous())
-    return o, *out["cmp"], *out["slc"], *out["win"], *pairs
+    out = {name: (q.new_empty(0), q.new_empty(0)) for name in NAMES}
+    out |= band.forward(q, {name: kv[name] for name in branches}, documents, sizes)
+    outputs = {name: out[name][0] for name in branches}
+    if "slc" not in branches or sizes.n == sizes.local:
+        o = gates.gated_sum(list(outputs.values()), gates_.contiguous())
+        return o, *out["cmp"], *out["slc"], *out["win"], q.new_empty(0)
+    k, lse = kv["cmp"][0] if "cmp" in branches else rows(k_cmp), out["cmp"][1]
+    if "cmp" not in branches:  # blocks are only scored
+        lse = band.forward(q, {"cmp": (k, k[..., : halves(k.shape[2])[0]])}, documents, sizes)["cmp"][1]
+    chosen, blocks = score.choose(q, k, lse, documents, sizes, 1 << 30), documents.tiles(sizes.l_slc)
+    pairs = picked.sort(chosen, _chunk(len(q), blocks), blocks)
+    o = picked.forward(
+        q, *kv["slc"], outputs, out["slc"][1], gates_.contiguous(), pairs, documents, sizes.l_slc, sizes.initial
+    )
+    return o, *out["cmp"], *out["slc"], *out["win"], chosen
 
 
 def _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win):
@@ -103,18 +87,14 @@ def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates_, cu_seqlens, numbers):
     out = []
     for name in NAMES:
         if name in branches:
-            together = 1 if name == "cmp" else heads // kv[name][0].shape[1]
-            out += [torch.empty_like(o), q.new_empty(heads // together, n, together, dtype=torch.float32)]
+            run = band.bands(sizes)[name].run(heads // kv[name][0].shape[1])
+            out += [torch.empty_like(o), q.new_empty(heads // run, n, run, dtype=torch.float32)]
         else:
             out += [q.new_empty(0), q.new_empty(0)]
     picks = sizes.n - sizes.local
     if "slc" not in branches or not picks:
-        return o, *out, *(q.new_empty(0) for _ in range(4))
-    groups, chunk = kv["slc"][0].shape[1], _chunk(q, o.shape[2], picks)
-    blocks = n // sizes.l_slc + len(cu_seqlens) - 1
-    keys = q.new_empty(n * groups * picks, dtype=torch.int32)
-    starts = q.new_empty(-(-n // chunk) * groups * blocks + 1, dtype=torch.int32)
-    return o, *out, keys, torch.empty_like(keys), starts, keys.new_empty(n, groups, picks)
+        return o, *out, q.new_empty(0)
+    return o, *out, q.new_empty(n, kv["slc"][0].shape[1], picks, dtype=torch.int32)
 
 
 @torch.library.custom_op("sparsetron::nsa_backward", mutates_args=())
@@ -131,17 +111,16 @@ def _nsa_backward(
     out = {name: (saved[2 * i], saved[2 * i + 1]) for i, name in enumerate(NAMES)}
     outputs, lses = [out[name][0] for name in branches], [out[name][1] for name in branches]
     dgates, shifts, deltas = gates.products(do, outputs, lses, gates_.contiguous())
-    dq = q.new_empty(q.shape)
+    statistics = {name: (shifts[c], deltas[c]) for c, name in enumerate(branches)}
+    dq = band.backward_queries(q, {name: kv[name] for name in branches}, do, statistics, documents, sizes)
     grads = {name: (q.new_empty(0), q.new_empty(0)) for name in NAMES}
-    for c, name in enumerate(branches):
-        args = (q, *kv[name], do, shifts[c], deltas[c])
-        rule = _bands(sizes)[name]
-        band.backward_queries(*args, dq, c > 0, documents, rule)
+    for name in branches:
+        args = (q, *kv[name], do, *statistics[name])
         chosen = name == "slc" and sizes.n > sizes.local
-        dk, dv = band.backward_keys(*args, documents, rule, torch.float32 if chosen else q.dtype)
+        dk, dv = band.backward_keys(*args, documents, band.bands(sizes)[name], torch.float32 if chosen else q.dtype)
         if chosen:
-            chunk = _chunk(q, do.shape[2], sizes.n - sizes.local)
-            pairs = picked.Pairs(*saved[6:], chunk, documents.tiles(sizes.l_slc))
+            blocks = documents.tiles(sizes.l_slc)
+            pairs = picked.sort(saved[6], picked.BACK_CHUNK, blocks)
             picked.backward(*args, dq, dk, dv, pairs, documents, sizes.l_slc)
         grads[name] = dk.to(q.dtype), dv.to(q.dtype)
     return dq, *grads["cmp"], *grads["slc"], *grads["win"], dgates

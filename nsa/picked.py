@@ -18,7 +18,7 @@ from nsa.score import NONE
 from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, precision
 
 RUN = 256  # pairs of a program
-FORWARD_RUN, MERGED, RING, CHUNK = 32, 4, 3, 0
+FORWARD_RUN, MERGED, RING, CHUNK, BACK_CHUNK = 32, 4, 3, 0, 4096
 FORWARD = {2: Launch(64, 0, 4, 1), 4: Launch(64, 0, 4, 1)}  # by bytes of an element; a tile's keys are one block
 BACKWARD = {2: Launch(64, 0, 4, 2), 4: Launch(32, 0, 8, 1)}
 
