@@ -43,7 +43,7 @@ def _chunk(n: int, blocks: int) -> int:
     """Tokens of a chunk of pairs."""
     if picked.CHUNK:
         return picked.CHUNK
-    return min(512, max(128, (1 << (blocks // 2).bit_length()) // 2))
+    return 4096
 
 
 @torch.library.custom_op("sparsetron::nsa", mutates_args=())

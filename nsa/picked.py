@@ -18,7 +18,7 @@ from nsa.score import NONE
 from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, precision
 
 RUN = 256  # pairs of a program
-FORWARD_RUN, MERGED, RING, CHUNK, BACK_CHUNK = 32, 4, 3, 0, 4096
+FORWARD_RUN, CHUNK, BACK_CHUNK, EVICT, MERGE = 64, 0, 8192, "", (4, 1)
 FORWARD = {2: Launch(64, 0, 4, 1), 4: Launch(64, 0, 4, 1)}  # by bytes of an element; a tile's keys are one block
 BACKWARD = {2: Launch(64, 0, 4, 2), 4: Launch(32, 0, 8, 1)}
 
@@ -57,26 +57,17 @@ def _run(starts, key, number, RUN: tl.constexpr, blocks):
     return first, begin, tl.minimum(begin + RUN, tl.load(starts + key + blocks))
 
 
-@triton.jit
-def _await(counter, count):
-    while tl.atomic_add(counter, 0, sem="acquire") < count:
-        pass
-
-
-@triton.jit
-def _signal(counter):
-    tl.debug_barrier()  # what all threads wrote goes before
-    tl.atomic_add(counter, 1, sem="release")
-
-
-@triton.jit
-def _attend(
-    q, k, k_rest, v, o, lse, keys, order, starts, tokens, documents, scale, i, end, key0, group, first,
-    q_t, q_h, k_h, v_h,
+@triton.jit(do_not_specialize=["documents", "chunk", "first"])
+def _forward(
+    q, k, k_rest, v, o, lse, keys, order, starts, tokens, documents, scale, chunk, first, blocks, q_t, q_h, k_h, v_h,
     G: tl.constexpr, GROUPS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
-    PICKS: tl.constexpr, INITIAL: tl.constexpr, SLC: tl.constexpr, BM: tl.constexpr, EXACT: tl.constexpr,
+    PICKS: tl.constexpr, INITIAL: tl.constexpr, SLC: tl.constexpr,
+    BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """Attention of the pairs [i, end) of one chunk and KV head, each to its block: o and lse, pair by pair."""
+    """Attention of a run of pairs, each to its block: o [chunk, h_kv, picks, h / h_kv, dv], lse without dv."""
+    group = tl.program_id(1)
+    key0 = (chunk * GROUPS + group) * blocks
+    _, i, end = _run(starts, key0, tl.program_id(0), RUN, blocks)
     row, e, f = tl.arange(0, BM * G), tl.arange(0, E), tl.arange(0, F)
     q += group * G * q_h
     while i < end:
@@ -102,41 +93,42 @@ def _attend(
             p = tl.exp2(s * scale - peak[:, None])
             total = tl.sum(p, 1)
             out = tl.dot(p.to(values.dtype), values, input_precision=EXACT) * (1.0 / total)[:, None]
-            at_o = ((token - first) * PICKS + pair % PICKS) * G + row % G
+            at_o = (pair - first * (GROUPS * PICKS)) * G + row % G
             tl.store(lse + at_o, peak + tl.log2(total), mask=there)
             to_o = (o + at_o.to(tl.int64) * F)[:, None] + f[None, :]
-            tl.store(to_o, out.to(o.dtype.element_ty), mask=there[:, None])
+            tl.store(to_o, out.to(o.dtype.element_ty), mask=there[:, None], eviction_policy=EVICT)
         i = stop
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "n"])
 def _merge(
-    chosen, o_part, lse_part, o, lse, gates, o_cmp, o_win, out, local, first, group, n,
+    chosen, o_part, lse_part, o, lse, gates, o_cmp, o_win, out, first, n,
     GROUPS: tl.constexpr, PICKS: tl.constexpr, P: tl.constexpr, INITIAL: tl.constexpr, NONE: tl.constexpr,
     G: tl.constexpr, F: tl.constexpr,
-    BRANCHES: tl.constexpr, CMP: tl.constexpr, SLC: tl.constexpr, WIN: tl.constexpr,
+    BRANCHES: tl.constexpr, CMP: tl.constexpr, SLC: tl.constexpr, WIN: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Joins the pairs of a query and KV head with what o and lse hold, in place, and the branches by their gates."""
+    """Joins the pairs of a query and KV head with what o and lse hold, in place, and the branches by their gates.
+
+    CMP, SLC and WIN are the branches' places among the gates; -1 for one that is not there.
+    """
     head, f, pick = tl.arange(0, G), tl.arange(0, F), tl.arange(0, P)
-    pair = local * PICKS
+    local, group = tl.program_id(0), tl.program_id(1)
+    pair = (local * GROUPS + group) * PICKS
     at = (first + local).to(tl.int64) * GROUPS + group
     some = (pick >= INITIAL) & (pick < PICKS)
     some &= tl.load(chosen + at * PICKS + pick, mask=some, other=NONE) != NONE
     end = INITIAL + tl.sum(some.to(tl.int32), 0)  # what is missing is missing at the end
-    logs = tl.load(
-        lse_part + (pair + pick[None, :]) * G + head[:, None], mask=some[None, :], other=float("-inf"),
-        cache_modifier=".cg",
-    )  # fmt: skip
+    logs = tl.load(lse_part + (pair + pick[None, :]) * G + head[:, None], mask=some[None, :], other=float("-inf"))
     to_lse = lse + (group.to(tl.int64) * n + first + local) * G + head
     near = tl.load(to_lse)
     peak = tl.maximum(near, tl.max(logs, 1))
     whole = peak + tl.log2(tl.exp2(near - peak) + tl.sum(tl.exp2(logs - peak[:, None]), 1))
     tile = (at * G + head[:, None]) * F + f[None, :]
     acc = tl.load(o + tile).to(tl.float32) * tl.exp2(near - whole)[:, None]
-    for r in tl.range(INITIAL, end):
+    for r in tl.range(INITIAL, end, loop_unroll_factor=UNROLL):
         part = (pair + r) * G + head
-        weight = tl.exp2(tl.load(lse_part + part, cache_modifier=".cg") - whole)
-        values = tl.load(o_part + part.to(tl.int64)[:, None] * F + f[None, :], cache_modifier=".cg")
+        weight = tl.exp2(tl.load(lse_part + part) - whole)
+        values = tl.load(o_part + part.to(tl.int64)[:, None] * F + f[None, :], eviction_policy="evict_first")
         acc += values.to(tl.float32) * weight[:, None]
     tl.store(to_lse, whole)
     tl.store(o + tile, acc.to(o.dtype.element_ty))
@@ -147,54 +139,6 @@ def _merge(
     if WIN >= 0:
         acc += tl.load(o_win + tile).to(tl.float32) * tl.load(gate + WIN).to(tl.float32)[:, None]
     tl.store(out + tile, acc.to(out.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["documents", "n", "chunks", "runs", "merges"])
-def _forward(
-    q, k, k_rest, v, chosen, o_part, lse_part, o, lse, gates, o_cmp, o_win, out, keys, order, starts, tokens, counters,
-    documents, scale, n, chunks, blocks, runs, merges, q_t, q_h, k_h, v_h,
-    G: tl.constexpr, GROUPS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
-    PICKS: tl.constexpr, P: tl.constexpr, INITIAL: tl.constexpr, NONE: tl.constexpr, SLC: tl.constexpr,
-    BRANCHES: tl.constexpr, CMP: tl.constexpr, AT: tl.constexpr, WIN: tl.constexpr,
-    BM: tl.constexpr, RUN: tl.constexpr, CHUNK: tl.constexpr, RING: tl.constexpr, QUERIES: tl.constexpr,
-    EXACT: tl.constexpr,
-):  # fmt: skip
-    """Chunk by chunk and KV head by KV head (a unit): runs of pairs, then what merges them, a unit behind.
-
-    Parts of RING units are in memory, so that those of small units stay in the cache between the two. Programs take
-    their numbers in the order in which they start: what one waits for has started before it.
-    """
-    number = tl.atomic_add(counters, 1)
-    units = chunks * GROUPS
-    done, merged = counters + 1, counters + 1 + units
-    unit, place = number // (runs + merges), number % (runs + merges)
-    if place < runs:
-        if unit < units:
-            if unit >= RING:
-                _await(merged + unit - RING, merges)
-            chunk, group = unit % chunks, unit // chunks
-            key0 = (chunk * GROUPS + group) * blocks
-            _, begin, end = _run(starts, key0, place, RUN, blocks)
-            slot = (unit % RING).to(tl.int64) * (CHUNK * PICKS * G)
-            _attend(
-                q, k, k_rest, v, o_part + slot * F, lse_part + slot, keys, order, starts, tokens, documents, scale,
-                begin, end, key0, group, chunk * CHUNK, q_t, q_h, k_h, v_h,
-                G, GROUPS, E, E2, F, PICKS, INITIAL, SLC, BM, EXACT,
-            )  # fmt: skip
-            _signal(done + unit)
-    elif unit >= 1:
-        unit -= 1
-        _await(done + unit, runs)
-        chunk, group = unit % chunks, unit // chunks
-        slot = (unit % RING).to(tl.int64) * (CHUNK * PICKS * G)
-        local = (place - runs) * QUERIES
-        stop = tl.minimum(local + QUERIES, n - chunk * CHUNK)
-        for i in tl.range(local, stop):
-            _merge(
-                chosen, o_part + slot * F, lse_part + slot, o, lse, gates, o_cmp, o_win, out, i, chunk * CHUNK, group, n,
-                GROUPS, PICKS, P, INITIAL, NONE, G, F, BRANCHES, CMP, AT, WIN,
-            )  # fmt: skip
-        _signal(merged + unit)
 
 
 def forward(
@@ -209,23 +153,25 @@ def forward(
     n, heads, e = q.shape
     groups, width, g = k.shape[1], v.shape[2], heads // k.shape[1]
     e1, e2 = halves(e)
-    o, chunks = outputs["slc"], triton.cdiv(n, pairs.chunk)
-    out = torch.empty_like(o)
-    o_part = q.new_empty(min(RING, chunks * groups), pairs.chunk, pairs.picks, g, width)
+    o, at = outputs["slc"], {name: i for i, name in enumerate(outputs)}
+    out, size = torch.empty_like(o), min(pairs.chunk, n)
+    o_part = q.new_empty(size, groups, pairs.picks, g, width)
     lse_part = q.new_empty(o_part.shape[:-1], dtype=torch.float32)
-    counters = torch.zeros(1 + 2 * chunks * groups, dtype=torch.int32, device=q.device)
-    how, at = FORWARD[q.element_size()], {name: i for i, name in enumerate(outputs)}
-    runs, merges = triton.cdiv(pairs.chunk * pairs.picks, FORWARD_RUN), triton.cdiv(pairs.chunk, MERGED)
-    _forward[(chunks * groups + 1) * (runs + merges),](
-        q, *columns(k, slc), columns(v, slc)[0], pairs.chosen, o_part, lse_part, o, lse, gates,
-        outputs.get("cmp", o), outputs.get("win", o), out, pairs.keys, pairs.order, pairs.starts, documents.tokens,
-        counters, documents.count, e**-0.5 * LOG2E, n, chunks, pairs.blocks, runs, merges,
-        *q.stride()[:2], k.stride(1), v.stride(1),
-        G=g, GROUPS=groups, E=e1, E2=e2, F=width, PICKS=pairs.picks, P=triton.next_power_of_2(pairs.picks),
-        INITIAL=initial, NONE=NONE, SLC=slc,
-        BRANCHES=gates.shape[2], CMP=at.get("cmp", -1), AT=at["slc"], WIN=at.get("win", -1),
-        BM=how.queries(g), RUN=FORWARD_RUN, CHUNK=pairs.chunk, RING=RING, QUERIES=MERGED, EXACT=precision(q), **how.options,
-    )  # fmt: skip
+    how, boxes = FORWARD[q.element_size()], (*columns(k, slc), columns(v, slc)[0])
+    for c, first in enumerate(range(0, n, size)):
+        count = min(size, n - first)
+        _forward[triton.cdiv(count * pairs.picks, FORWARD_RUN), groups](
+            q, *boxes, o_part, lse_part, pairs.keys, pairs.order, pairs.starts, documents.tokens, documents.count,
+            e**-0.5 * LOG2E, c, first, pairs.blocks, *q.stride()[:2], k.stride(1), v.stride(1),
+            G=g, GROUPS=groups, E=e1, E2=e2, F=width, PICKS=pairs.picks, INITIAL=initial, SLC=slc, BM=how.queries(g),
+            RUN=FORWARD_RUN, EXACT=precision(q), EVICT=EVICT, **how.options,
+        )  # fmt: skip
+        _merge[count, groups](
+            pairs.chosen, o_part, lse_part, o, lse, gates, outputs.get("cmp", o), outputs.get("win", o), out, first, n,
+            GROUPS=groups, PICKS=pairs.picks, P=triton.next_power_of_2(pairs.picks), INITIAL=initial, NONE=NONE, G=g,
+            F=width, BRANCHES=gates.shape[2], CMP=at.get("cmp", -1), SLC=at["slc"], WIN=at.get("win", -1),
+            UNROLL=MERGE[1], num_warps=MERGE[0],
+        )  # fmt: skip
     return out
 
 

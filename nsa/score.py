@@ -15,18 +15,29 @@ from torch import Tensor
 from configs.schema import Attention
 from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, precision
 
-SCORE = {2: Launch(64, 128, 4, 3), 4: Launch(64, 64, 8, 1)}  # by bytes of an element; rows are queries of one head
+SCORE = {2: Launch(64, 128, 4, 2), 4: Launch(64, 64, 8, 1)}  # by bytes of an element; rows are queries of one head
 CHOOSE = Launch(1, 0, 1, 1)
+PAIR = True  # heads two at a time
 RUN = 8  # blocks whose maximum is compared first
 SCORE_BYTES = 2**28  # of the scores that are in memory at once
 NONE = 2**31 - 1  # the key of no block, after all others in order
+
+
+@triton.jit
+def _product(q, q_rest, row, at, k, k2, E: tl.constexpr, E2: tl.constexpr, EXACT: tl.constexpr):
+    """Rows of one head of q, found at column `at`, times keys."""
+    s = tl.dot(q.load([row, at]), k, input_precision=EXACT)
+    if E2 > 0:
+        s = tl.dot(q_rest.load([row, at + E]), k2, s, input_precision=EXACT)
+    return s
 
 
 @triton.jit(do_not_specialize=["documents", "first_tile", "n"])
 def _score(
     q, q_rest, k, k_rest, lse, scores, tokens, blocks, documents, scale, first_tile, n, width, q_h, k_h,
     G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, PAIR: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """scores [tile, h_kv, BQ, width] of one tile of queries and BN // R - 1 selection blocks, for one KV head.
 
@@ -42,21 +53,33 @@ def _score(
     t = place + tl.arange(0, BQ)
     there = t < length
     base = tl.load(blocks + document) + first * R
-    k1 = k.load([base, group * k_h])
+    k1 = k.load([base, group * k_h]).T
+    k2 = k1
     if E2 > 0:
-        k2 = k_rest.load([base, group * k_h + E])
+        k2 = k_rest.load([base, group * k_h + E]).T
     total = tl.zeros([BQ, BN], tl.float32)
     log = lse + group.to(tl.int64) * G * n + start + t
+    row, at = start + place, group * G * q_h
     shift = tl.load(log, mask=there, other=0.0)
-    for h in tl.range(0, G):
-        at = (group * G + h) * q_h
-        s = tl.dot(q.load([start + place, at]), k1.T, input_precision=EXACT)
-        if E2 > 0:
-            s = tl.dot(q_rest.load([start + place, at + E]), k2.T, s, input_precision=EXACT)
-        log += n  # one head ahead: nothing waits for it
-        ahead = tl.load(log, mask=there & (h + 1 < G), other=0.0)
-        total += tl.exp2(s * scale - shift[:, None])
-        shift = ahead
+    if PAIR:  # the second product of a step is computed while exponentials of the first are
+        s_b, shift_b = total - float("inf"), shift
+        for h in tl.range(0, G, 2):
+            s_a = _product(q, q_rest, row, at + h * q_h, k1, k2, E, E2, EXACT)
+            total += tl.exp2(s_b * scale - shift_b[:, None])
+            s_b = _product(q, q_rest, row, at + (h + 1) * q_h, k1, k2, E, E2, EXACT)
+            shift_b = tl.load(log + n, mask=there, other=0.0)
+            log += 2 * n
+            ahead = tl.load(log, mask=there & (h + 2 < G), other=0.0)
+            total += tl.exp2(s_a * scale - shift[:, None])
+            shift = ahead
+        total += tl.exp2(s_b * scale - shift_b[:, None])
+    else:
+        for h in tl.range(0, G):
+            s = _product(q, q_rest, row, at + h * q_h, k1, k2, E, E2, EXACT)
+            log += n  # one head ahead: nothing waits for it
+            ahead = tl.load(log, mask=there & (h + 1 < G), other=0.0)
+            total += tl.exp2(s * scale - shift[:, None])
+            shift = ahead
     column = tl.arange(0, BN)
     high = tl.maximum(t + 1 + D - L, 0) // D - first * R  # as many of the tile's columns end at or before t
     total = tl.where((column >= -first * R)[None, :] & (column[None, :] < high[:, None]), total, 0.0)
@@ -146,7 +169,7 @@ def choose(q: Tensor, k: Tensor, lse: Tensor, documents: Documents, sizes: Atten
     (token // chunk * h_kv + KV head) * blocks + block, where a document's block 0 is start // l_slc + document; NONE
     where a query has fewer.
     """
-    n, heads, _ = q.shape
+    n = len(q)
     groups, picks = k.shape[1], sizes.n - sizes.local
     keys = torch.empty(n, groups, picks, dtype=torch.int32, device=q.device)
     if picks == 0:
@@ -178,16 +201,16 @@ def _launch_score(
     count, groups, bq, width = scores.shape
     bn = max(how.columns, 2 * r)
     options = how.options | {"num_warps": how.warps * bn // how.columns}
+    pair = PAIR and e2 == 0 and q.shape[1] > groups  # of width 192, two heads leave room for one program an SM
     _score[triton.cdiv(width, bn // r - 1), count, groups](
         *columns(q, bq), *columns(k, bn), lse, scores, documents.tokens, documents.blocks, documents.count,
         q.shape[2] ** -0.5 * LOG2E, tile, len(q), width, q.stride(1), k.stride(1),
-        G=q.shape[1] // groups, E=e, E2=e2, L=sizes.l, D=sizes.d, R=r, BQ=bq, BN=bn, EXACT=precision(q), **options,
+        G=q.shape[1] // groups, E=e, E2=e2, L=sizes.l, D=sizes.d, R=r, BQ=bq, BN=bn,
+        PAIR=pair, EXACT=precision(q), **options,
     )  # fmt: skip
 
 
-def _launch_choose(
-    scores: Tensor, keys: Tensor, documents: Documents, sizes: Attention, tile: int, chunk: int
-) -> None:
+def _launch_choose(scores: Tensor, keys: Tensor, documents: Documents, sizes: Attention, tile: int, chunk: int) -> None:
     count, groups, bq, width = scores.shape
     picks = keys.shape[2]
     _choose[count * (bq // CHOOSE.rows), groups](
