@@ -9,29 +9,37 @@ from torch import Tensor
 
 from configs.schema import Attention, Branch
 from nsa import band, gates, picked, score
+from nsa.documents import check_blocks, check_documents
 from nsa.tiles import Documents, halves, rows
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read when triton is imported, by triton as well
+MOST = 64  # blocks beyond the local ones that a query can choose
 PAIR_BYTES = 1.9e9  # at most, for what the pairs of a chunk of queries leave to be merged
 NAMES = [b.value for b in Branch]
 
 
-def unfit(q: Tensor, v_dim: int, kv_heads: int, sizes: Attention) -> str | None:
-    """Why the kernels cannot take this, or None."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    least = 1 if interpreted else 16
-    group = q.shape[1] // kv_heads
-    if not (q.is_cuda or interpreted):
-        return f"q is on the {q.device.type}, and they run on a GPU"
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"q is {q.dtype}; they take bfloat16, float16 and float32"
-    for name, width, parts in (("query and key", q.shape[2], halves(q.shape[2])), ("value", v_dim, (v_dim, 0))):
+def misfit(qk_dim: int, v_dim: int, group: int, sizes: Attention) -> str | None:
+    """Why the kernels cannot take heads of these widths, `group` of them to a KV head, or None."""
+    least = 1 if INTERPRETED else 16
+    for name, width, parts in (("query and key", qk_dim, halves(qk_dim)), ("value", v_dim, (v_dim, 0))):
         if parts[0] < least or parts[0] & (parts[0] - 1) or 0 < parts[1] < least or width > 256:
             return f"the {name} width is {width}; they take 16, 32, 64, 128, 256, and 192 and the like for keys"
     if group & (group - 1) or group > 64:
-        return f"{q.shape[1]} heads to {kv_heads} KV heads is a group of {group}; they take 1, 2, 4, ... 64"
+        return f"{group} heads share a KV head; they take groups of 1, 2, 4, ... 64"
     if sizes.l_slc & (sizes.l_slc - 1) or not (least <= sizes.l_slc <= 128):
         return f"l_slc is {sizes.l_slc}; they take 16, 32, 64 and 128"
+    if sizes.n - sizes.local > MOST:
+        return f"n is {sizes.n} with local={sizes.local}; they take at most {MOST + sizes.local}"
     return None
+
+
+def unfit(q: Tensor, v_dim: int, kv_heads: int, sizes: Attention) -> str | None:
+    """Why the kernels cannot take this, or None."""
+    if not (q.is_cuda or INTERPRETED):
+        return f"q is on the {q.device.type}, and they run on a GPU"
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"q is {q.dtype}; they take bfloat16, float16 and float32"
+    return misfit(q.shape[2], v_dim, q.shape[1] // kv_heads, sizes)
 
 
 def _sizes(numbers: Sequence[int]) -> tuple[Attention, list[str]]:
@@ -61,6 +69,9 @@ def _nsa(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gated sum, and for backward output and log-sum-exp of cmp, slc and win, and the four tensors of Pairs."""
     sizes, branches = _sizes(numbers)
+    check_documents(cu_seqlens, len(q))
+    if k_cmp is not None:
+        check_blocks(k_cmp, cu_seqlens, sizes.l, sizes.d)
     documents = Documents.of(cu_seqlens, sizes, q.device)
     q = rows(q)
     kv = {name: (rows(k), rows(v)) for name, k, v in _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)}
@@ -158,7 +169,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, do, *_):
-    tensors, saved = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+    kept = ctx.saved_tensors  # read once, as activation recomputation asks for
+    tensors, saved = kept[:9], kept[9:]
     dq, *six, dgates = _nsa_backward(do, *tensors, list(saved), ctx.numbers)
     six = [g if x is not None and g.numel() == x.numel() else None for g, x in zip(six, tensors[1:7])]
     return dq, *six, dgates, None, None
