@@ -32,17 +32,22 @@ def test_forward_backward_and_selection(case):
     assert kernels.faults(case, torch.float32, "cpu") == []
 
 
-@interpreted
-def test_no_output_depends_on_later_tokens():
-    x = {name: t.detach() for name, t in make_inputs(SMALL, torch.float32).items()}
-    before, changed = kernels.attend(SMALL, x), 33
-    ends = torch.tensor([*range(7, 50, 4), 57])  # last tokens of the compression blocks
+def check_causal(device: str, dtype: torch.dtype, case: Case, changed: int) -> None:
+    """Token `changed` of the first document, and all after it, do not touch what comes before: bit for bit."""
+    x, a = {name: t.detach() for name, t in make_inputs(case, dtype, device).items()}, case.sizes
+    before = kernels.attend(case, x)
+    _, first, _ = reference.block_starts(case.cu_seqlens, a.l, a.d)
     for name, t in x.items():
-        later = ends >= changed if name.endswith("cmp") else torch.arange(SMALL.tokens) >= changed
-        t[later] = torch.randn_like(t[later]) * 3
-    after = kernels.attend(SMALL, x)
+        later = first + a.l > changed if name.endswith("cmp") else torch.arange(case.tokens) >= changed
+        t[later.to(device)] = torch.randn_like(t[later.to(device)]) * 3
+    after = kernels.attend(case, x)
     assert torch.equal(before[:changed], after[:changed])
     assert not torch.equal(before[changed:], after[changed:])
+
+
+@interpreted
+def test_no_output_depends_on_later_tokens():
+    check_causal("cpu", torch.float32, SMALL, 33)
 
 
 @interpreted
