@@ -59,7 +59,9 @@ class Recompute(Enum):
 
 
 class LongDocuments(Enum):
-    """What happens to a document longer than the rest of its row: it goes on in the next row, or is cut."""
+    """carry: documents lie one after the other, and what a row has no room for goes on in the next one. cut: those that
+    fit into a row stay whole, longer ones are cut at its length; the few that are left over fill the gaps.
+    """
 
     carry = "carry"
     cut = "cut"

@@ -21,7 +21,7 @@ from data.pack import fill
 from data.source import Source, background
 from data.store import Limits
 
-ORDER = 2  # version of the order: changed with everything that changes which row comes when
+ORDER = 3  # version of the order: changed with everything that changes which row comes when
 LIMITS = Limits()
 PLAN = 512  # rows whose places are computed at once, about
 
@@ -153,9 +153,6 @@ class Loader:
         stages, consumed = [list(s) for s in state["stages"]], state["consumed_rows"]
         if state["seq_len"] != self.seq_len:
             stages, consumed = [*stages, [state["seq_len"], consumed]], 0
-            if self.long_documents is LongDocuments.cut:
-                why = f"seq_len is {self.seq_len}, the checkpoint was made with {state['seq_len']}"
-                raise DataError("data", ", ".join(self.paths), why, "with long_documents=cut keep the same seq_len")
         self.skipped = state["skipped_rows"]
         self._begin(stages, consumed)
 
@@ -169,12 +166,15 @@ class Loader:
         for seq_len, rows in stages:
             taken = self.weights.taken(rows)
             order = [s.rows(seq_len, self.seed, rest) for s, rest in zip(self.sources, rests)]
-            rests = [o.unread(n) for o, n in zip(order, taken)]
+            rests = [self._unread(s, o, n) for s, o, n in zip(self.sources, order, taken)]
         with self._lock:  # a step that is read ahead ends before the order changes under it
             self.order: list[Rows] = [s.rows(self.seq_len, self.seed, rest) for s, rest in zip(self.sources, rests)]
             self.stages, self.consumed = stages, consumed
             self._ahead: dict[int, Future] = {}
             self._places: dict[int, Place] = {}
+
+    def _unread(self, source: Source, order: Rows, taken: int) -> Window:
+        return order.unread(taken, lambda window, row: source.spans(window, row, order.step))
 
     def _prefetch(self, first: int) -> None:
         if first not in self._ahead:

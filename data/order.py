@@ -7,8 +7,11 @@ permutes the windows and, inside each, the rows. Everything works on arrays of p
 import hashlib
 import math
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -95,12 +98,29 @@ def shares(weights: list[float]) -> list[int]:
 
 @dataclass(frozen=True)
 class Window:
-    """Pieces of shards, one after the other, that rows are cut from. Its units are tokens, or whole rows."""
+    """Pieces of shards, one after the other, that rows are made of."""
 
     name: tuple[int, int]  # epoch and number, for keys and messages
     shards: list[int]
     begins: list[int]  # of each piece in its shard
     ends: list[int]  # of each piece in the window
+
+    @cached_property
+    def stretches(self) -> list[tuple[int, int, int]]:
+        """(shard, start, end) of what it has of each shard, which is together."""
+        last = [i for i, (a, b) in enumerate(pairwise([*self.shards, -1])) if a != b]
+        ends = [self.ends[i] for i in last]
+        return list(zip((self.shards[i] for i in last), [0, *ends], ends))
+
+    def part(self, spans: list[tuple[int, int]]) -> "Window":
+        """These spans of it, as a window of the same name."""
+        shards, begins, lengths = [], [], []
+        for start, stop in spans:
+            for shard, begin, end in self.pieces(start, stop):
+                shards.append(shard)
+                begins.append(begin)
+                lengths.append(end - begin)
+        return Window(self.name, shards, begins, np.cumsum(lengths, dtype=np.int64).tolist())
 
     def pieces(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """The (shard, begin, end) that make up [start, end) of the window; what is beyond its end is left out."""
@@ -116,26 +136,25 @@ class Window:
 class Rows:
     """The endless sequence of rows of one source: every row of an epoch before the first of the next.
 
-    `sizes` has the units of each shard and a row takes `step` of them. `rest`, if the length of rows was changed inside
-    a window, is what had not been read of it: it comes first, then the windows after it.
+    `sizes` has the tokens of each shard and a row takes `step` of them, of one shard alone if those are kept `apart`.
+    `rest`, if the length of rows was changed inside a window, is what had not been read of it: it comes first, then the
+    windows after it.
     """
 
-    def __init__(self, sizes: np.ndarray, step: int, key: int, rest: Window | None = None):
+    def __init__(self, sizes: np.ndarray, step: int, key: int, rest: Window | None = None, apart: bool = False):
         self.sizes, self.step, self.key, self.rest = sizes, step, key, rest
         self.shards = permute(np.arange(len(sizes)), len(sizes), name_key(key, "shards"))
         first = np.arange(0, len(sizes), WINDOW)
-        units = np.add.reduceat(sizes[self.shards], first)
-        self.rows = -(-units // step)  # of each window
+        mixed = sizes[self.shards]
+        self.rows = np.add.reduceat(-(-mixed // step), first) if apart else -(-np.add.reduceat(mixed, first) // step)
+        lengths = [end - start for _, start, end in rest.stretches] if rest else []
+        self._rest_rows = sum(-(-n // step) for n in (lengths if apart else [sum(lengths)]))
         self.total = int(self.rows.sum())  # of an epoch
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.skip = 0  # rows before the first, in the sequence that begins with epoch 0
         if rest is not None:
             place = int(np.flatnonzero(self._epoch(rest.name[0])[0] == rest.name[1])[0])
             self.skip = rest.name[0] * self.total + int(self._epoch(rest.name[0])[1][place]) - self._rest_rows
-
-    @property
-    def _rest_rows(self) -> int:
-        return -(-self.rest.ends[-1] // self.step) if self.rest and self.rest.ends else 0
 
     def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(epoch, window, row of the window) of each position; a window of the rest has the number -1 - its own."""
@@ -162,23 +181,22 @@ class Rows:
         ends = np.cumsum(self.sizes[shards])
         return Window((epoch, number), shards.tolist(), [0] * len(shards), ends.tolist())
 
-    def unread(self, index: int) -> Window:
-        """What is left of the window of position `index`, of its rows before which all were read; they join again."""
+    def unread(self, index: int, spans: Callable[[Window, int], list[tuple[int, int]]]) -> Window:
+        """What is left of the window of position `index`, of its rows before which all were read.
+
+        `spans` gives the (start, end) in the window that one of its rows consists of; those that touch are joined.
+        """
         epoch, window, _ = (int(x[0]) for x in self.locate(np.array([index])))
         first = 0 if window < 0 else self._first(index)
         count = self._rest_rows if window < 0 else int(self.rows[window])
         places = np.arange(index - first, count)
         key = self._window_key(np.full(len(places), epoch), np.full(len(places), window))
-        rows = np.sort(permute(places, count, key))
-        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-        starts, stops = rows[np.append(0, breaks)], rows[np.append(breaks - 1, len(rows) - 1)] + 1
-        whole, shards, begins, lengths = self.window(epoch, window), [], [], []
-        for start, stop in zip((starts * self.step).tolist(), (stops * self.step).tolist()):
-            for shard, begin, end in whole.pieces(start, stop):
-                shards.append(shard)
-                begins.append(begin)
-                lengths.append(end - begin)
-        return Window(whole.name, shards, begins, np.cumsum(lengths, dtype=np.int64).tolist())
+        whole = self.window(epoch, window)
+        found = np.array([s for row in permute(places, count, key).tolist() for s in spans(whole, row)], np.int64)
+        found = found[np.argsort(found[:, 0])]
+        breaks = np.flatnonzero(found[1:, 0] != found[:-1, 1]) + 1
+        joined = zip(found[np.append(0, breaks), 0].tolist(), found[np.append(breaks - 1, len(found) - 1), 1].tolist())
+        return whole.part(list(joined))
 
     def next_window(self, index: int) -> tuple[int, int]:
         """(epoch, window) that follows the one of position `index`."""

@@ -7,16 +7,6 @@ from data.shards import Shard
 IGNORE = -100  # label of a token after which nothing is predicted
 
 
-def cut_starts(shard: Shard, seq_len: int) -> np.ndarray:
-    """Where rows begin if long documents are cut: at a document each; what did not fit into the row before is lost."""
-    out, start, starts = [], 0, shard.starts
-    while start < len(shard):
-        out.append(start)
-        after = int(np.searchsorted(starts, start + seq_len))
-        start = int(starts[after]) if after < len(starts) else len(shard)
-    return np.array(out, np.int64)
-
-
 def fill(tokens: np.ndarray, labels: np.ndarray, pieces: list[tuple[Shard, int, int]], end_of_text: int) -> list[int]:
     """Write pieces (shard, begin, end) one after the other into a row; returns where documents start in it.
 

@@ -81,7 +81,8 @@ def prepare(output: Path, options: dict[str, Any], workers: int) -> None:
         why = f"cannot be written ({e.strerror or e})"
         raise DataError("output", e.filename or part, why, "give it space and permission, and start again") from e
     except BrokenProcessPool as e:
-        raise RunError("worker", "", "was killed, maybe for want of memory", "start again with fewer --workers") from e
+        why = "was killed, maybe for want of memory"
+        raise RunError("worker", "process", why, "start again with fewer --workers") from e
 
 
 def encode(options: dict[str, Any], ranks: Optional[str], dtype: str, portion: Portion) -> tuple[Encoded, Odd]:

@@ -12,8 +12,8 @@ import numpy as np
 
 from configs.errors import DataError
 from configs.schema import LongDocuments
+from data.fit import Plan
 from data.order import WINDOW, Rows, Window, name_key
-from data.pack import cut_starts
 from data.shards import Manifest, Shard, no_manifest, parse_manifest
 from data.store import Limits, Local, Store, open_store
 
@@ -32,34 +32,47 @@ class Source:
         self.split, self.long_documents, self.verify = split, long_documents, verify
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._faults: dict[int, DataError] = {}
-        self._cuts: dict[tuple[int, int], np.ndarray] = {}
+        self._plans: dict[tuple[int, int], tuple[Window, Plan]] = {}  # by shard and length of rows
         self._fetching: dict[int, Future] = {}
         self._slots = threading.Semaphore(4)  # fetches at once
 
     def rows(self, seq_len: int, seed: int, rest: Window | None = None) -> Rows:
-        """The order of its rows. Where documents are cut, every shard is opened to count them."""
+        """The order of its rows."""
         key = name_key(seed, self.manifest.fingerprint, self.split)
-        if self.long_documents is LongDocuments.carry:
-            return Rows(self.entries.tokens, seq_len, key, rest)
-        counts = np.array([len(self.cuts(i, seq_len)) for i in range(len(self.entries))])
-        return Rows(counts, 1, key)
-
-    def cuts(self, index: int, seq_len: int) -> np.ndarray:
-        """Where the rows of a shard begin, if long documents are cut."""
-        if (index, seq_len) not in self._cuts:
-            if len(self._cuts) > 4 * OPEN:
-                self._cuts.clear()
-            self._cuts[index, seq_len] = cut_starts(self.shard(index), seq_len)
-        return self._cuts[index, seq_len]
+        return Rows(self.entries.tokens, seq_len, key, rest, self.long_documents is LongDocuments.cut)
 
     def pieces(self, window: Window, row: int, seq_len: int) -> list[tuple[Shard, int, int]]:
         """What a row of a window consists of. Raises DataError for a damaged shard."""
+        spans = self.spans(window, row, seq_len)
+        return [(self.shard(i), begin, end) for span in spans for i, begin, end in window.pieces(*span)]
+
+    def spans(self, window: Window, row: int, seq_len: int) -> list[tuple[int, int]]:
+        """The (start, end) in its window of what a row consists of. Raises DataError for a damaged shard."""
         if self.long_documents is LongDocuments.carry:
-            found = window.pieces(row * seq_len, (row + 1) * seq_len)
-            return [(self.shard(i), begin, end) for i, begin, end in found]
-        ((index, place, _),) = window.pieces(row, row + 1)
-        shard, start = self.shard(index), int(self.cuts(index, seq_len)[place])
-        return [(shard, start, min(start + seq_len, len(shard)))]
+            return [(row * seq_len, (row + 1) * seq_len)]
+        for shard, start, end in window.stretches:
+            rows = -(-(end - start) // seq_len)
+            if row < rows:
+                plan = self._plan(window, seq_len, shard, start, end)
+                return [(start + a, start + b) for a, b in plan.spans(row)]
+            row -= rows
+        raise IndexError(row)
+
+    def _plan(self, window: Window, seq_len: int, shard: int, start: int, end: int) -> Plan:
+        """How the documents that a window has of a shard are fitted into rows."""
+        known = self._plans.get((shard, seq_len))
+        if known and known[0] == window:
+            return known[1]
+        starts, place = [], 0
+        for index, begin, stop in window.pieces(start, end):
+            inside = self.shard(index).starts_within(begin, stop - 1)
+            starts += (np.array([place]), inside + (place - begin))
+            place += stop - begin
+        plan = Plan(np.concatenate(starts), place, seq_len)
+        self._plans[shard, seq_len] = window, plan
+        while len(self._plans) > OPEN:
+            self._plans.pop(next(iter(self._plans)))
+        return plan
 
     def shard(self, index: int) -> Shard:
         """The shard, open. A damaged one is not tried again."""

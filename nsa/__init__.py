@@ -1,6 +1,7 @@
 """Native sparse attention on local heads."""
 
-from nsa.attention import nsa_attention
+from nsa.attention import check_backend, nsa_attention
 from nsa.core import NSACore
+from nsa.documents import Documents
 
-__all__ = ["NSACore", "nsa_attention"]
+__all__ = ["Documents", "NSACore", "check_backend", "nsa_attention"]

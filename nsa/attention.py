@@ -1,17 +1,49 @@
 """Native sparse attention of local heads, and the one place that picks what computes it."""
 
+import warnings
+
+import torch
 from torch import Tensor
 
 from configs.errors import ConfigError
 from configs.schema import Attention, Backend, Branch
 from nsa import reference
+from nsa.documents import check_blocks, check_documents
+
+try:
+    from nsa import fused
+except ModuleNotFoundError as e:  # triton has no wheels outside Linux
+    if (e.name or "").partition(".")[0] != "triton":
+        raise
+    fused = None
+
+NO_TRITON = "triton is not installed"
 
 
-def check_backend(sizes: Attention) -> None:
-    """Raises ConfigError if `sizes.backend` cannot run."""
-    if sizes.backend is Backend.triton:
-        why = "this version has no Triton kernels"
+def check_backend(sizes: Attention, qk_dim: int, v_dim: int, group: int) -> None:
+    """Raises ConfigError if `sizes.backend` cannot run on this machine at these widths and heads to a KV head."""
+    if sizes.backend is not Backend.triton:
+        return
+    why = NO_TRITON if fused is None else fused.misfit(qk_dim, v_dim, group, sizes)
+    if why is None and not (fused.INTERPRETED or torch.cuda.is_available()):
+        why = "the kernels need a GPU, and there is none"
+    if why:
         raise ConfigError("config", "attention.backend=triton", why, "give torch or auto")
+
+
+def uses_kernels(q: Tensor, v_dim: int, kv_heads: int, sizes: Attention) -> bool:
+    """Whether the kernels are to compute this, for queries q [n, h, dk].
+
+    Raises ValueError if `sizes.backend` asks for them and they cannot. Warns where a GPU has to do without.
+    """
+    if sizes.backend is Backend.torch:
+        return False
+    why = NO_TRITON if fused is None else fused.unfit(q, v_dim, kv_heads, sizes)
+    if sizes.backend is Backend.triton and why:
+        raise ValueError(f"attention.backend=triton cannot run: {why}")
+    if why and q.is_cuda and q.dtype is not torch.float64 and not torch.compiler.is_compiling():
+        warnings.warn(f"NSA runs without its kernels, some 30 times slower: {why}", stacklevel=2)
+    return not why and (q.is_cuda or sizes.backend is Backend.triton)
 
 
 def nsa_attention(
@@ -28,38 +60,57 @@ def nsa_attention(
     q [n, h, dk], rotated. kv: for slc and win, where active, rotated keys [n, h_kv, dk] and values [n, h_kv, dv].
     k_cmp [m, h_kv, dk], compressed then rotated, and v_cmp [m, h_kv, dv]; v_cmp is None where the blocks only score,
     both are None where neither cmp nor slc is active. gates [n, h, branches] in the order of `sizes.branches`.
-    cu_seqlens [documents + 1] in host memory. Raises ValueError for shapes that do not fit.
+    cu_seqlens [documents + 1] in host memory. All of one dtype, on one device. Raises ValueError for what does not fit.
     """
-    check_backend(sizes)
-    _check(q, kv, k_cmp, v_cmp, gates, cu_seqlens, sizes)
+    tensors = _named(kv, k_cmp, v_cmp, sizes)
+    _check(q, tensors, gates, cu_seqlens, sizes)
+    if uses_kernels(q, _v_dim(tensors), _kv_heads(tensors), sizes):
+        return fused.nsa(q, kv, k_cmp, v_cmp, gates, cu_seqlens, sizes)  # and looks at the values of cu_seqlens
+    check_documents(cu_seqlens, len(q))
+    if "k_cmp" in tensors:
+        check_blocks(k_cmp, cu_seqlens, sizes.l, sizes.d)
     return reference.nsa(q, kv, k_cmp, v_cmp, gates, cu_seqlens, sizes)
 
 
-def _check(q, kv, k_cmp, v_cmp, gates, cu_seqlens, sizes) -> None:
+def _named(kv, k_cmp, v_cmp, sizes) -> dict[str, Tensor]:
+    """The keys and values that the branches need, by name. Raises ValueError for one that is missing."""
+    pairs = {"cmp": (k_cmp, v_cmp), **kv}
+    names = [f"{x}_{b.value}" for b in sizes.branches for x in "kv"]
+    names += ["k_cmp"] if Branch.slc in sizes.branches else []
+    found = {name: pairs.get(name[2:], (None, None))["kv".index(name[0])] for name in names}
+    for name, x in found.items():
+        if x is None:
+            raise ValueError(f"{name} is missing; the branches {[b.value for b in sizes.branches]} need it")
+    return found
+
+
+def _kv_heads(tensors: dict[str, Tensor]) -> int:
+    return next(x.shape[1] for x in tensors.values())
+
+
+def _v_dim(tensors: dict[str, Tensor]) -> int:
+    return next(x.shape[2] for name, x in tensors.items() if name[0] == "v")
+
+
+def _check(q: Tensor, tensors: dict[str, Tensor], gates: Tensor, cu_seqlens: Tensor, sizes: Attention) -> None:
+    """Types, places and shapes; nothing that reads values, so that a compiler can trace it."""
+    if q.dim() != 3 or not q.is_floating_point():
+        raise ValueError(f"q is {q.dtype} of shape {tuple(q.shape)}; it must be floating point, [tokens, heads, width]")
+    for name, x in {"gates": gates, **tensors}.items():
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}; it must be {q.dtype} on {q.device} as q is")
+        if x.dim() != 3:
+            raise ValueError(f"{name} has the shape {tuple(x.shape)}; it must have three dimensions")
+    if cu_seqlens.device.type != "cpu":
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be in host memory")
     n, heads, qk_dim = q.shape
-    if cu_seqlens.is_cuda or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != n:
-        raise ValueError(f"cu_seqlens must be in host memory and run from 0 to {n}, not {cu_seqlens}")
-    if gates.shape != (n, heads, len(sizes.branches)):
-        raise ValueError(
-            f"gates {tuple(gates.shape)} do not fit {n} tokens, {heads} heads, {len(sizes.branches)} branches"
-        )
-    for name in (b.value for b in sizes.branches if b is not Branch.cmp):
-        k, v = kv[name]
-        if k.shape[::2] != (n, qk_dim) or v.shape[:2] != k.shape[:2] or heads % k.shape[1]:
-            raise ValueError(
-                f"{name}: keys {tuple(k.shape)}, values {tuple(v.shape)} do not fit queries {tuple(q.shape)}"
-            )
-    if {Branch.cmp, Branch.slc} & set(sizes.branches):
-        blocks = int(reference.block_starts(cu_seqlens, sizes.l, sizes.d)[0][-1])
-        if k_cmp is None or len(k_cmp) != blocks or k_cmp.shape[2] != qk_dim or heads % k_cmp.shape[1]:
-            shape = None if k_cmp is None else tuple(k_cmp.shape)
-            raise ValueError(
-                f"compressed keys {shape} are not the {blocks} blocks of these documents at width {qk_dim}"
-            )
-    if Branch.cmp in sizes.branches and (v_cmp is None or v_cmp.shape[:2] != k_cmp.shape[:2]):
-        raise ValueError("the cmp branch needs a compressed value for each compressed key")
-    used = [kv[b.value] if b is not Branch.cmp else (k_cmp, v_cmp) for b in sizes.branches]
-    kv_heads = {k.shape[1] for k, _ in used} | ({k_cmp.shape[1]} if Branch.slc in sizes.branches else set())
-    v_dims = {v.shape[2] for _, v in used}
-    if len(kv_heads) > 1 or len(v_dims) > 1:  # these would broadcast in silence where one of them is 1
-        raise ValueError(f"branches disagree: KV heads {sorted(kv_heads)}, value widths {sorted(v_dims)}")
+    kv_heads, v_dim = _kv_heads(tensors), _v_dim(tensors)
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"q has {heads} heads; it must have a multiple of the {kv_heads} KV heads")
+    blocks = len(tensors["k_cmp"]) if "k_cmp" in tensors else 0
+    fits = {name: (blocks if name.endswith("cmp") else n, kv_heads) for name in tensors}
+    fits = {name: (*size, qk_dim if name[0] == "k" else v_dim) for name, size in fits.items()}
+    for name, x in {"gates": gates, **tensors}.items():
+        size = fits.get(name, (n, heads, len(sizes.branches)))
+        if x.shape != size:
+            raise ValueError(f"{name} has the shape {tuple(x.shape)}; beside q {tuple(q.shape)} it must be {size}")

@@ -1,8 +1,8 @@
 """Attention to a band of keys: the compressed branch, the window, and the local part of the selection.
 
-Key j of a document is seen by the query at position t if `(t // A - N + 1) * A <= j < (t + 1 - L) // D + 1`: a key stands
-for L tokens, one for every D, that must all lie at or before t; and for those that go back no further than the N-th
-aligned run of A tokens, t's own included.
+Key j of a document is seen by the query at position t if `(t // A - N + 1) * A <= j < (t + 1 - L) // D + 1`: a key
+stands for L tokens, one for every D, that must all lie at or before t; and for those that go back no further than the
+N-th aligned run of A tokens, t's own included.
 
 A tile of rows holds neighbouring queries with all the heads of their group: they share keys, and a mask is needed only
 where the band ends. Softmax is in base 2 and fp32. Sums go in a fixed order, so that results repeat bit for bit.
@@ -24,7 +24,7 @@ NAMES = [b.value for b in Branch]
 # By bytes of an element; those for 16 bits were timed on an H200.
 FORWARD = {2: Launch(64, 64, 4, 3), 4: Launch(64, 32, 4, 2)}
 QUERIES = {2: Launch(64, 64, 4, 3), 4: Launch(64, 16, 4, 2)}
-KEYS = {2: Launch(64, 64, 4, 2), 4: Launch(32, 32, 4, 1)}
+KEYS = {2: Launch(64, 128, 8, 3), 4: Launch(32, 32, 4, 1)}
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,8 @@ def _queries_band(
 
 @triton.jit(do_not_specialize=["documents", "room"])
 def _backward_queries(
-    q, q_rest, do, dq, k1, k1_rest, v1, shift1, delta1, k2, k2_rest, v2, shift2, delta2, k3, k3_rest, v3, shift3, delta3,
-    tokens, blocks, documents, scale, k1_h, v1_h, k2_h, v2_h, k3_h, v3_h, room, heads,
+    q, q_rest, do, dq, k1, k1_rest, v1, shift1, delta1, k2, k2_rest, v2, shift2, delta2,
+    k3, k3_rest, v3, shift3, delta3, tokens, blocks, documents, scale, k1_h, v1_h, k2_h, v2_h, k3_h, v3_h, room, heads,
     G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     CMP: tl.constexpr, SLC: tl.constexpr, WIN: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, LOCAL: tl.constexpr, W: tl.constexpr,
@@ -401,7 +401,7 @@ def _branches(kv: dict[str, tuple[Tensor, Tensor]], rows: int, extra: dict[str, 
 def forward(
     q: Tensor, kv: dict[str, tuple[Tensor, Tensor]], documents: Documents, sizes: Attention
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of each branch o [n, h, dv] in q's dtype and the base-2 log-sum-exp [h / s, n, s] fp32, +inf where there is no key.
+    """Of each branch o [n, h, dv] in q's dtype and the base-2 log-sum-exp [h / s, n, s] fp32, +inf without a key.
 
     q [n, h, dk]; kv {branch: (k [m, h_kv, dk], v [m, h_kv, dv])}, over compression blocks for cmp. Of slc these are the
     local and the first blocks. Of the log-sum-exp s = `Band.run` heads lie side by side.

@@ -1,11 +1,11 @@
 """Named shapes that tests and benchmark share: what is timed is what is proved. Small ones are hostile on purpose."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from configs.schema import Attention
+from configs.schema import Attention, Branch
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,41 @@ CASES = [
     Case("window of one", (40,), sizes=_sizes(w=1)),
     Case("window beyond", (40, 20), sizes=_sizes(w=64)),
 ]
+
+
+def fitted(case: Case) -> Case:
+    """The same at the least widths that the kernels take on a GPU."""
+    return replace(case, qk_dim=48 if case.qk_dim > case.v_dim else 16, v_dim=16)
+
+
+PACKED = (1100, 1, 33, 517, 64)  # tokens of odd documents; the first needs more than one tile of anything
+WIDTHS = ((64, 64), (128, 128), (192, 128))
+GROUPS = (1, 2, 4, 8, 16)
+WHOLE = [
+    Case(f"{qk}/{v} group {group}", PACKED, max(2, group), max(2, group) // group, qk, v, Attention())
+    for qk, v in WIDTHS
+    for group in GROUPS
+]
+CHANGES = [
+    {"n": 2, "initial": 0},
+    {"n": 3},
+    {"n": 32},
+    {"n": 12, "initial": 2, "local": 4},
+    {"initial": 0, "local": 1},
+    {"w": 1},
+    {"w": 100},
+    {"w": 4096},
+    {"l": 16},
+    {"l": 16, "d": 8},
+    {"l": 64},
+    {"l": 64, "d": 32},
+    {"l_slc": 32},
+    {"l_slc": 128},
+    {"branches": [Branch.cmp]},
+    {"branches": [Branch.slc]},
+    {"branches": [Branch.win, Branch.cmp]},
+]
+ABLATIONS = [Case(" ".join(f"{k}={v}" for k, v in c.items()), PACKED, 8, 2, 64, 64, Attention(**c)) for c in CHANGES]
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The first layer of the compression MLP (Eq. 7), over blocks read where they lie: overlapping ones are never copied."""
+"""The first layer of the compression MLP (Eq. 7), over blocks read where they lie: none is copied."""
 
 import torch
 import triton
@@ -11,7 +11,8 @@ from nsa.tiles import locate, precision, rows
 @triton.jit
 def _forward(
     x, w, y, first, count, groups, hidden, x_t, x_h,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """y[block, head] = sum over tokens of x[first[block] + token, head] @ w[:, token]."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -69,7 +70,8 @@ def _backward_x(
 @triton.jit
 def _backward_w(
     dy, x, dw, first, count, groups, hidden, x_t, x_h, share,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """dw [parts, hidden, TOKENS, WIDTH] of one token of all blocks; each part sums `share` rows."""
     token, part = tl.program_id(0), tl.program_id(1)
@@ -98,8 +100,8 @@ def _part(width: int, most: int) -> int:
 def block_linear(x: Tensor, w: Tensor, first: Tensor, tokens: Tensor, blocks: Tensor, l: int, d: int) -> Tensor:
     """w applied to the flattened blocks of l tokens of x: [n, h, e] -> [m, h, hidden].
 
-    w [hidden, l * e] over (token, channel); first [m], the first token of each block, and tokens, blocks [documents + 1],
-    where documents start in tokens and in blocks, are int32 on x's device; d is the stride of blocks.
+    w [hidden, l * e] over (token, channel); first [m], the first token of each block, and tokens, blocks
+    [documents + 1], where documents start in tokens and in blocks, are int32 on x's device; d is the stride of blocks.
     """
     x, w = rows(x), w.contiguous()
     _, groups, width = x.shape

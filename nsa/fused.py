@@ -1,4 +1,4 @@
-"""The Triton backend: the branches' kernels joined into one operator with a gradient, for eager mode and torch.compile."""
+"""The Triton backend: the kernels joined into one operator with a gradient, for eager mode and torch.compile."""
 
 import os
 from collections.abc import Sequence
@@ -9,41 +9,42 @@ from torch import Tensor
 
 from configs.schema import Attention, Branch
 from nsa import band, gates, picked, score
+from nsa.documents import check_blocks, check_documents
 from nsa.tiles import Documents, halves, rows
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read when triton is imported, by triton as well
+MOST = 64  # blocks beyond the local ones that a query can choose
 NAMES = [b.value for b in Branch]
+
+
+def misfit(qk_dim: int, v_dim: int, group: int, sizes: Attention) -> str | None:
+    """Why the kernels cannot take heads of these widths, `group` of them to a KV head, or None."""
+    least = 1 if INTERPRETED else 16
+    for name, width, parts in (("query and key", qk_dim, halves(qk_dim)), ("value", v_dim, (v_dim, 0))):
+        if parts[0] < least or parts[0] & (parts[0] - 1) or 0 < parts[1] < least or parts[0] > 128 or parts[1] > 64:
+            return f"the {name} width is {width}; they take 16, 32, 64, 128, and for keys 192 and the like"
+    if group & (group - 1) or group > 64:
+        return f"{group} heads share a KV head; they take groups of 1, 2, 4, ... 64"
+    if sizes.l_slc & (sizes.l_slc - 1) or not (least <= sizes.l_slc <= 128):
+        return f"l_slc is {sizes.l_slc}; they take 16, 32, 64 and 128"
+    if sizes.n - sizes.local > MOST:
+        return f"n is {sizes.n} with local={sizes.local}; they take at most {MOST + sizes.local}"
+    return None
 
 
 def unfit(q: Tensor, v_dim: int, kv_heads: int, sizes: Attention) -> str | None:
     """Why the kernels cannot take this, or None."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    least = 1 if interpreted else 16
-    group = q.shape[1] // kv_heads
-    if not (q.is_cuda or interpreted):
+    if not (q.is_cuda or INTERPRETED):
         return f"q is on the {q.device.type}, and they run on a GPU"
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"q is {q.dtype}; they take bfloat16, float16 and float32"
-    for name, width, parts in (("query and key", q.shape[2], halves(q.shape[2])), ("value", v_dim, (v_dim, 0))):
-        if parts[0] < least or parts[0] & (parts[0] - 1) or 0 < parts[1] < least or width > 256:
-            return f"the {name} width is {width}; they take 16, 32, 64, 128, 256, and 192 and the like for keys"
-    if group & (group - 1) or group > 64:
-        return f"{q.shape[1]} heads to {kv_heads} KV heads is a group of {group}; they take 1, 2, 4, ... 64"
-    if sizes.l_slc & (sizes.l_slc - 1) or not (least <= sizes.l_slc <= 128):
-        return f"l_slc is {sizes.l_slc}; they take 16, 32, 64 and 128"
-    return None
+    return misfit(q.shape[2], v_dim, q.shape[1] // kv_heads, sizes)
 
 
 def _sizes(numbers: Sequence[int]) -> tuple[Attention, list[str]]:
     l, d, l_slc, n, initial, local, w, *branches = numbers
     sizes = Attention(l=l, d=d, l_slc=l_slc, n=n, initial=initial, local=local, w=w)
     return sizes, [NAMES[b] for b in branches]
-
-
-def _chunk(n: int, blocks: int) -> int:
-    """Tokens of a chunk of pairs."""
-    if picked.CHUNK:
-        return picked.CHUNK
-    return 4096
 
 
 @torch.library.custom_op("sparsetron::nsa", mutates_args=())
@@ -53,6 +54,9 @@ def _nsa(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gated sum, and for backward output and log-sum-exp of cmp, slc and win, and the chosen blocks."""
     sizes, branches = _sizes(numbers)
+    check_documents(cu_seqlens, len(q))
+    if k_cmp is not None:
+        check_blocks(k_cmp, cu_seqlens, sizes.l, sizes.d)
     documents = Documents.of(cu_seqlens, sizes, q.device)
     q = rows(q)
     kv = {name: (rows(k), rows(v)) for name, k, v in _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)}
@@ -65,11 +69,8 @@ def _nsa(
     k, lse = kv["cmp"][0] if "cmp" in branches else rows(k_cmp), out["cmp"][1]
     if "cmp" not in branches:  # blocks are only scored
         lse = band.forward(q, {"cmp": (k, k[..., : halves(k.shape[2])[0]])}, documents, sizes)["cmp"][1]
-    chosen, blocks = score.choose(q, k, lse, documents, sizes, 1 << 30), documents.tiles(sizes.l_slc)
-    pairs = picked.sort(chosen, _chunk(len(q), blocks), blocks)
-    o = picked.forward(
-        q, *kv["slc"], outputs, out["slc"][1], gates_.contiguous(), pairs, documents, sizes.l_slc, sizes.initial
-    )
+    chosen = score.choose(q, k, lse, documents, sizes)
+    o = picked.forward(q, *kv["slc"], outputs, out["slc"][1], gates_.contiguous(), chosen, documents, sizes)
     return o, *out["cmp"], *out["slc"], *out["win"], chosen
 
 
@@ -119,9 +120,7 @@ def _nsa_backward(
         chosen = name == "slc" and sizes.n > sizes.local
         dk, dv = band.backward_keys(*args, documents, band.bands(sizes)[name], torch.float32 if chosen else q.dtype)
         if chosen:
-            blocks = documents.tiles(sizes.l_slc)
-            pairs = picked.sort(saved[6], picked.BACK_CHUNK, blocks)
-            picked.backward(*args, dq, dk, dv, pairs, documents, sizes.l_slc)
+            picked.backward(*args, dq, dk, dv, saved[6], documents, sizes)
         grads[name] = dk.to(q.dtype), dv.to(q.dtype)
     return dq, *grads["cmp"], *grads["slc"], *grads["win"], dgates
 
@@ -143,7 +142,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, do, *_):
-    tensors, saved = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+    kept = ctx.saved_tensors  # read once, as activation recomputation asks for
+    tensors, saved = kept[:9], kept[9:]
     dq, *six, dgates = _nsa_backward(do, *tensors, list(saved), ctx.numbers)
     six = [g if x is not None and g.numel() == x.numel() else None for g, x in zip(six, tensors[1:7])]
     return dq, *six, dgates, None, None

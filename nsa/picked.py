@@ -1,10 +1,11 @@
 """Attention to the chosen blocks, block by block: a block is read once for all queries of a chunk that chose it.
 
 The pairs (query, chosen block) of a chunk of queries are sorted by block and cut into runs of equal length, one for a
-program: however many queries choose a block, the work is even. A program gathers its queries a tile at a time and leaves
-for each pair a softmax over that block alone; `merge` then joins a query's pairs. Backward does the same: it leaves for
-each pair a part of dq, and for each stretch of a run in one block a part of dk and dv. Everything is summed in a fixed
-order. A chunk bounds what is held at once. Chosen blocks are whole and lie before the query: nothing is masked.
+program: however many queries choose a block, the work is even. A program gathers its queries a tile at a time and
+leaves for each pair a softmax over that block alone; a merge then joins a query's pairs, and the branches. Backward
+does the same: it leaves for each pair a part of dq, and for each stretch of a run in one block a part of dk and dv.
+Everything is summed in a fixed order. A chunk bounds what is held at once. Chosen blocks are whole and lie before the
+query: nothing is masked.
 """
 
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from configs.schema import Attention
 from nsa.score import NONE
 from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, precision
 
-RUN = 256  # pairs of a program
-FORWARD_RUN, CHUNK, BACK_CHUNK, EVICT, MERGE = 64, 0, 8192, "", (4, 1)
+# Tokens of a chunk and pairs of a run: forward, the more chunks the more of q is in the cache; backward, each has parts
+# of all dk and dv.
+CHUNK, BACK_CHUNK = 4096, 8192
+RUN, BACK_RUN = 64, 256
 FORWARD = {2: Launch(64, 0, 4, 1), 4: Launch(64, 0, 4, 1)}  # by bytes of an element; a tile's keys are one block
 BACKWARD = {2: Launch(64, 0, 4, 2), 4: Launch(32, 0, 8, 1)}
 
@@ -30,31 +34,23 @@ class Pairs:
     keys: Tensor  # [n * h_kv * picks] int32, sorted
     order: Tensor  # the same places: which pair, (token * h_kv + KV head) * picks + pick, int32
     starts: Tensor  # [chunks * h_kv * blocks + 1] int32: where the pairs of a key start
-    chosen: Tensor  # [n, h_kv, picks] int32: the keys as they were chosen
-    chunk: int  # tokens of a chunk
-    blocks: int  # of the pack, the empty ones included
-
-    @property
-    def picks(self) -> int:
-        return self.chosen.shape[2]
 
 
 def sort(chosen: Tensor, chunk: int, blocks: int) -> Pairs:
-    """The pairs of keys [n, h_kv, picks] from `score.choose`, of one chunk there, in chunks of so many tokens."""
+    """The pairs of chosen [n, h_kv, picks] from `score.choose`, in chunks of so many tokens."""
     n, groups, _ = chosen.shape
     first = torch.arange(n, dtype=torch.int32, device=chosen.device) // chunk * (groups * blocks)
     keys = (chosen + first[:, None, None]).where(chosen != NONE, NONE)
     keys, order = torch.sort(keys.flatten(), stable=True)
     every = torch.arange(triton.cdiv(n, chunk) * groups * blocks + 1, dtype=torch.int32, device=chosen.device)
-    return Pairs(keys, order.int(), torch.searchsorted(keys, every, out_int32=True), chosen, chunk, blocks)
+    return Pairs(keys, order.int(), torch.searchsorted(keys, every, out_int32=True))
 
 
 @triton.jit
-def _run(starts, key, number, RUN: tl.constexpr, blocks):
-    """Where the pairs of the chunk and KV head whose first key is `key` start, and [begin, end) of their run `number`."""
-    first = tl.load(starts + key)
-    begin = first + number * RUN
-    return first, begin, tl.minimum(begin + RUN, tl.load(starts + key + blocks))
+def _run(starts, key, blocks, RUN: tl.constexpr):
+    """[begin, end) of this program's run of the pairs of the chunk and KV head whose first key is `key`."""
+    begin = tl.load(starts + key) + tl.program_id(0) * RUN
+    return begin, tl.minimum(begin + RUN, tl.load(starts + key + blocks))
 
 
 @triton.jit(do_not_specialize=["documents", "chunk", "first"])
@@ -62,12 +58,12 @@ def _forward(
     q, k, k_rest, v, o, lse, keys, order, starts, tokens, documents, scale, chunk, first, blocks, q_t, q_h, k_h, v_h,
     G: tl.constexpr, GROUPS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     PICKS: tl.constexpr, INITIAL: tl.constexpr, SLC: tl.constexpr,
-    BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr, EVICT: tl.constexpr,
+    BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Attention of a run of pairs, each to its block: o [chunk, h_kv, picks, h / h_kv, dv], lse without dv."""
     group = tl.program_id(1)
     key0 = (chunk * GROUPS + group) * blocks
-    _, i, end = _run(starts, key0, tl.program_id(0), RUN, blocks)
+    i, end = _run(starts, key0, blocks, RUN)
     row, e, f = tl.arange(0, BM * G), tl.arange(0, E), tl.arange(0, F)
     q += group * G * q_h
     while i < end:
@@ -96,7 +92,7 @@ def _forward(
             at_o = (pair - first * (GROUPS * PICKS)) * G + row % G
             tl.store(lse + at_o, peak + tl.log2(total), mask=there)
             to_o = (o + at_o.to(tl.int64) * F)[:, None] + f[None, :]
-            tl.store(to_o, out.to(o.dtype.element_ty), mask=there[:, None], eviction_policy=EVICT)
+            tl.store(to_o, out.to(o.dtype.element_ty), mask=there[:, None])
         i = stop
 
 
@@ -105,7 +101,7 @@ def _merge(
     chosen, o_part, lse_part, o, lse, gates, o_cmp, o_win, out, first, n,
     GROUPS: tl.constexpr, PICKS: tl.constexpr, P: tl.constexpr, INITIAL: tl.constexpr, NONE: tl.constexpr,
     G: tl.constexpr, F: tl.constexpr,
-    BRANCHES: tl.constexpr, CMP: tl.constexpr, SLC: tl.constexpr, WIN: tl.constexpr, UNROLL: tl.constexpr,
+    BRANCHES: tl.constexpr, CMP: tl.constexpr, SLC: tl.constexpr, WIN: tl.constexpr,
 ):  # fmt: skip
     """Joins the pairs of a query and KV head with what o and lse hold, in place, and the branches by their gates.
 
@@ -125,7 +121,7 @@ def _merge(
     whole = peak + tl.log2(tl.exp2(near - peak) + tl.sum(tl.exp2(logs - peak[:, None]), 1))
     tile = (at * G + head[:, None]) * F + f[None, :]
     acc = tl.load(o + tile).to(tl.float32) * tl.exp2(near - whole)[:, None]
-    for r in tl.range(INITIAL, end, loop_unroll_factor=UNROLL):
+    for r in tl.range(INITIAL, end):
         part = (pair + r) * G + head
         weight = tl.exp2(tl.load(lse_part + part) - whole)
         values = tl.load(o_part + part.to(tl.int64)[:, None] * F + f[None, :], eviction_policy="evict_first")
@@ -142,35 +138,36 @@ def _merge(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, outputs: dict[str, Tensor], lse: Tensor, gates: Tensor, pairs: Pairs,
-    documents: Documents, slc: int, initial: int,
+    q: Tensor, k: Tensor, v: Tensor, outputs: dict[str, Tensor], lse: Tensor, gates: Tensor, chosen: Tensor,
+    documents: Documents, sizes: Attention,
 ) -> Tensor:  # fmt: skip
-    """Joins attention to the chosen blocks of `slc` tokens into outputs["slc"] [n, h, dv] and lse [h_kv, n, h / h_kv].
+    """Joins attention to the chosen blocks into outputs["slc"] [n, h, dv] and lse [h_kv, n, h / h_kv].
 
-    These hold attention to the local blocks and to the `initial` first ones, which are not looked at again. Returns the
-    sum of outputs, each times its column of gates [n, h, branches]. q [n, h, dk], k [n, h_kv, dk], v [n, h_kv, dv].
+    These hold attention to the local blocks and to the first ones, which are not looked at again. Returns the sum of
+    outputs, each times its column of gates [n, h, branches]. q [n, h, dk], k [n, h_kv, dk], v [n, h_kv, dv]; chosen is
+    from `score.choose`.
     """
     n, heads, e = q.shape
-    groups, width, g = k.shape[1], v.shape[2], heads // k.shape[1]
-    e1, e2 = halves(e)
+    _, groups, picks = chosen.shape
+    width, g, (e1, e2), slc = v.shape[2], heads // groups, halves(e), sizes.l_slc
     o, at = outputs["slc"], {name: i for i, name in enumerate(outputs)}
-    out, size = torch.empty_like(o), min(pairs.chunk, n)
-    o_part = q.new_empty(size, groups, pairs.picks, g, width)
+    out, size, blocks = torch.empty_like(o), min(CHUNK, n), documents.tiles(slc)
+    pairs = sort(chosen, CHUNK, blocks)
+    o_part = q.new_empty(size, groups, picks, g, width)
     lse_part = q.new_empty(o_part.shape[:-1], dtype=torch.float32)
     how, boxes = FORWARD[q.element_size()], (*columns(k, slc), columns(v, slc)[0])
-    for c, first in enumerate(range(0, n, size)):
-        count = min(size, n - first)
-        _forward[triton.cdiv(count * pairs.picks, FORWARD_RUN), groups](
+    for c, first in enumerate(range(0, n, CHUNK)):
+        count = min(CHUNK, n - first)
+        _forward[triton.cdiv(count * picks, RUN), groups](
             q, *boxes, o_part, lse_part, pairs.keys, pairs.order, pairs.starts, documents.tokens, documents.count,
-            e**-0.5 * LOG2E, c, first, pairs.blocks, *q.stride()[:2], k.stride(1), v.stride(1),
-            G=g, GROUPS=groups, E=e1, E2=e2, F=width, PICKS=pairs.picks, INITIAL=initial, SLC=slc, BM=how.queries(g),
-            RUN=FORWARD_RUN, EXACT=precision(q), EVICT=EVICT, **how.options,
+            e**-0.5 * LOG2E, c, first, blocks, *q.stride()[:2], k.stride(1), v.stride(1),
+            G=g, GROUPS=groups, E=e1, E2=e2, F=width, PICKS=picks, INITIAL=sizes.initial, SLC=slc, BM=how.queries(g),
+            RUN=RUN, EXACT=precision(q), **how.options,
         )  # fmt: skip
         _merge[count, groups](
-            pairs.chosen, o_part, lse_part, o, lse, gates, outputs.get("cmp", o), outputs.get("win", o), out, first, n,
-            GROUPS=groups, PICKS=pairs.picks, P=triton.next_power_of_2(pairs.picks), INITIAL=initial, NONE=NONE, G=g,
-            F=width, BRANCHES=gates.shape[2], CMP=at.get("cmp", -1), SLC=at["slc"], WIN=at.get("win", -1),
-            UNROLL=MERGE[1], num_warps=MERGE[0],
+            chosen, o_part, lse_part, o, lse, gates, outputs.get("cmp", o), outputs.get("win", o), out, first, n,
+            GROUPS=groups, PICKS=picks, P=triton.next_power_of_2(picks), INITIAL=sizes.initial, NONE=NONE, G=g, F=width,
+            BRANCHES=gates.shape[2], CMP=at.get("cmp", -1), SLC=at["slc"], WIN=at.get("win", -1), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -184,7 +181,7 @@ def _backward(
 ):  # fmt: skip
     group = tl.program_id(1)
     key0 = (chunk * GROUPS + group) * blocks
-    _, i, end = _run(starts, key0, tl.program_id(0), RUN, blocks)
+    i, end = _run(starts, key0, blocks, RUN)
     row, e, f, column = tl.arange(0, BM * G), tl.arange(0, E), tl.arange(0, F), tl.arange(0, SLC)
     e2 = tl.arange(0, E2 if E2 > 0 else 1)
     head = group * G + row % G
@@ -284,36 +281,38 @@ def _merge_keys(
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor,
-    dq: Tensor, dk: Tensor, dv: Tensor, pairs: Pairs, documents: Documents, slc: int,
+    dq: Tensor, dk: Tensor, dv: Tensor, chosen: Tensor, documents: Documents, sizes: Attention,
 ) -> None:  # fmt: skip
     """Adds to dq [n, h, dk] in its dtype, and to dk [n, h_kv, dk] and dv [n, h_kv, dv] in fp32.
 
-    do [n, h, dv] is the gradient of the gated output; shift and delta are the whole branch's of `gates.products`.
+    do [n, h, dv] is the gradient of the gated output; shift and delta are the whole branch's of `gates.products`,
+    chosen is from `score.choose`.
     """
     n, heads, e = q.shape
-    groups, width, g = k.shape[1], v.shape[2], heads // k.shape[1]
-    e1, e2 = halves(e)
-    size = min(pairs.chunk, n)
-    runs = triton.cdiv(size * pairs.picks, RUN)
-    part = q.new_empty(size, groups, pairs.picks, g, e)
-    dk_part = k.new_empty(groups, runs + pairs.blocks, slc, e, dtype=torch.float32)
-    dv_part = v.new_empty(groups, runs + pairs.blocks, slc, width, dtype=torch.float32)
-    how, bt = BACKWARD[q.element_size()], max(1, 16 // g)
+    _, groups, picks = chosen.shape
+    width, g, (e1, e2), slc = v.shape[2], heads // groups, halves(e), sizes.l_slc
+    size, blocks = min(BACK_CHUNK, n), documents.tiles(slc)
+    pairs = sort(chosen, BACK_CHUNK, blocks)
+    slots = triton.cdiv(size * picks, BACK_RUN) + blocks
+    part = q.new_empty(size, groups, picks, g, e)
+    dk_part = k.new_empty(groups, slots, slc, e, dtype=torch.float32)
+    dv_part = v.new_empty(groups, slots, slc, width, dtype=torch.float32)
+    how, bt, boxes = BACKWARD[q.element_size()], max(1, 16 // g), (*columns(k, slc), columns(v, slc)[0])
     scale = e**-0.5
-    for c, first in enumerate(range(0, n, pairs.chunk)):
-        count = min(pairs.chunk, n - first)
-        _backward[triton.cdiv(count * pairs.picks, RUN), groups](
-            q, *columns(k, slc), columns(v, slc)[0], do, shift, delta, part, dk_part, dv_part, pairs.keys, pairs.order, pairs.starts,
-            documents.tokens, documents.count, scale * LOG2E, c, pairs.blocks, first * groups * pairs.picks,
-            *q.stride()[:2], k.stride(1), v.stride(1), *do.stride()[:2], shift.shape[1],
-            runs + pairs.blocks, G=g, GROUPS=groups, E=e1, E2=e2, F=width, PICKS=pairs.picks, SLC=slc, BM=how.queries(g), RUN=RUN,
+    for c, first in enumerate(range(0, n, BACK_CHUNK)):
+        count = min(BACK_CHUNK, n - first)
+        _backward[triton.cdiv(count * picks, BACK_RUN), groups](
+            q, *boxes, do, shift, delta, part, dk_part, dv_part, pairs.keys, pairs.order, pairs.starts,
+            documents.tokens, documents.count, scale * LOG2E, c, blocks, first * groups * picks,
+            *q.stride()[:2], k.stride(1), v.stride(1), *do.stride()[:2], shift.shape[1], slots,
+            G=g, GROUPS=groups, E=e1, E2=e2, F=width, PICKS=picks, SLC=slc, BM=how.queries(g), RUN=BACK_RUN,
             EXACT=precision(q), **how.options,
         )  # fmt: skip
         _merge_queries[triton.cdiv(count, bt), groups](
-            pairs.chosen, part, dq, first, n, groups, scale,
-            PICKS=pairs.picks, NONE=NONE, G=g, E=e, W=triton.next_power_of_2(e), BT=bt, num_warps=4,
+            chosen, part, dq, first, n, groups, scale,
+            PICKS=picks, NONE=NONE, G=g, E=e, W=triton.next_power_of_2(e), BT=bt, num_warps=4,
         )  # fmt: skip
-        _merge_keys[pairs.blocks, groups, slc // min(slc, 16)](
-            dk_part, dv_part, dk, dv, pairs.starts, documents.tokens, documents.count, c, scale, runs + pairs.blocks,
-            E=e, F=width, W=triton.next_power_of_2(e), SLC=slc, RUN=RUN, BR=min(slc, 16), num_warps=4,
+        _merge_keys[blocks, groups, slc // min(slc, 16)](
+            dk_part, dv_part, dk, dv, pairs.starts, documents.tokens, documents.count, c, scale, slots,
+            E=e, F=width, W=triton.next_power_of_2(e), SLC=slc, RUN=BACK_RUN, BR=min(slc, 16), num_warps=4,
         )  # fmt: skip

@@ -48,7 +48,7 @@ def compress_mean(x: Tensor, first: Tensor, l: int) -> Tensor:
 
 def _windows(x: Tensor, first: Tensor, l: int) -> Tensor:
     """[n, h, e] -> [m, l, h, e]."""
-    return x[(first[:, None] + torch.arange(l)).to(x.device, non_blocking=True)]
+    return x[(first[:, None] + torch.arange(l, device=first.device)).to(x.device, non_blocking=True)]
 
 
 def nsa(

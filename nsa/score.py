@@ -17,27 +17,16 @@ from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, precisi
 
 SCORE = {2: Launch(64, 128, 4, 2), 4: Launch(64, 64, 8, 1)}  # by bytes of an element; rows are queries of one head
 CHOOSE = Launch(1, 0, 1, 1)
-PAIR = True  # heads two at a time
 RUN = 8  # blocks whose maximum is compared first
 SCORE_BYTES = 2**28  # of the scores that are in memory at once
 NONE = 2**31 - 1  # the key of no block, after all others in order
-
-
-@triton.jit
-def _product(q, q_rest, row, at, k, k2, E: tl.constexpr, E2: tl.constexpr, EXACT: tl.constexpr):
-    """Rows of one head of q, found at column `at`, times keys."""
-    s = tl.dot(q.load([row, at]), k, input_precision=EXACT)
-    if E2 > 0:
-        s = tl.dot(q_rest.load([row, at + E]), k2, s, input_precision=EXACT)
-    return s
 
 
 @triton.jit(do_not_specialize=["documents", "first_tile", "n"])
 def _score(
     q, q_rest, k, k_rest, lse, scores, tokens, blocks, documents, scale, first_tile, n, width, q_h, k_h,
     G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, PAIR: tl.constexpr,
-    EXACT: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """scores [tile, h_kv, BQ, width] of one tile of queries and BN // R - 1 selection blocks, for one KV head.
 
@@ -61,25 +50,14 @@ def _score(
     log = lse + group.to(tl.int64) * G * n + start + t
     row, at = start + place, group * G * q_h
     shift = tl.load(log, mask=there, other=0.0)
-    if PAIR:  # the second product of a step is computed while exponentials of the first are
-        s_b, shift_b = total - float("inf"), shift
-        for h in tl.range(0, G, 2):
-            s_a = _product(q, q_rest, row, at + h * q_h, k1, k2, E, E2, EXACT)
-            total += tl.exp2(s_b * scale - shift_b[:, None])
-            s_b = _product(q, q_rest, row, at + (h + 1) * q_h, k1, k2, E, E2, EXACT)
-            shift_b = tl.load(log + n, mask=there, other=0.0)
-            log += 2 * n
-            ahead = tl.load(log, mask=there & (h + 2 < G), other=0.0)
-            total += tl.exp2(s_a * scale - shift[:, None])
-            shift = ahead
-        total += tl.exp2(s_b * scale - shift_b[:, None])
-    else:
-        for h in tl.range(0, G):
-            s = _product(q, q_rest, row, at + h * q_h, k1, k2, E, E2, EXACT)
-            log += n  # one head ahead: nothing waits for it
-            ahead = tl.load(log, mask=there & (h + 1 < G), other=0.0)
-            total += tl.exp2(s * scale - shift[:, None])
-            shift = ahead
+    for h in tl.range(0, G):
+        s = tl.dot(q.load([row, at + h * q_h]), k1, input_precision=EXACT)
+        if E2 > 0:
+            s = tl.dot(q_rest.load([row, at + h * q_h + E]), k2, s, input_precision=EXACT)
+        log += n  # one head ahead: nothing waits for it
+        ahead = tl.load(log, mask=there & (h + 1 < G), other=0.0)
+        total += tl.exp2(s * scale - shift[:, None])
+        shift = ahead
     column = tl.arange(0, BN)
     high = tl.maximum(t + 1 + D - L, 0) // D - first * R  # as many of the tile's columns end at or before t
     total = tl.where((column >= -first * R)[None, :] & (column[None, :] < high[:, None]), total, 0.0)
@@ -120,11 +98,11 @@ def _rank(scores, block, initial, far):
 
 @triton.jit(do_not_specialize=["documents", "first_tile", "all_blocks"])
 def _choose(
-    scores, keys, tokens, documents, first_tile, width, chunk_tokens, all_blocks,
+    scores, keys, tokens, documents, first_tile, width, all_blocks,
     SLC: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
     BQ: tl.constexpr, BR: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """keys [n, h_kv, R]: the picks of BR queries for one KV head, each (chunk, KV head, block of the pack) in one.
+    """keys [n, h_kv, R]: the picks of BR queries for one KV head, each a KV head and a block of the pack in one.
 
     The first INITIAL blocks are taken as they are. The best of the others are among the M blocks in a run of each of
     the runs with the highest maxima, as many runs as blocks are wanted: ranks are compared run by run, then in these.
@@ -151,7 +129,7 @@ def _choose(
         rank = _rank(at[:, None, None], block, INITIAL, far[:, None, None])
         best = _best(tl.reshape(rank, [BR, P * M]), tl.reshape(block, [BR, P * M]), COUNT, P)
     token = start + t
-    base = ((token // chunk_tokens * groups + group) * all_blocks + start // SLC + document)[:, None]
+    base = group * all_blocks + start // SLC + document
     out = keys + ((token.to(tl.int64) * groups + group) * R)[:, None]
     slot = tl.arange(0, P)[None, :]
     there = (t < length)[:, None]
@@ -162,12 +140,11 @@ def _choose(
     tl.store(out + INITIAL + slot, tl.where(best >= 0, base + best, 0x7FFFFFFF), mask=there & (slot < COUNT))
 
 
-def choose(q: Tensor, k: Tensor, lse: Tensor, documents: Documents, sizes: Attention, chunk: int) -> Tensor:
+def choose(q: Tensor, k: Tensor, lse: Tensor, documents: Documents, sizes: Attention) -> Tensor:
     """keys [n, h_kv, n_picks] int32 of the blocks chosen for each query beyond the local ones, best first.
 
     q [n, h, dk], compressed keys k [m, h_kv, dk], and the contiguous log-sum-exp [h, n, 1] of q over k. A key is
-    (token // chunk * h_kv + KV head) * blocks + block, where a document's block 0 is start // l_slc + document; NONE
-    where a query has fewer.
+    KV head * blocks + block, where a document's block 0 is start // l_slc + document; NONE where a query has fewer.
     """
     n = len(q)
     groups, picks = k.shape[1], sizes.n - sizes.local
@@ -188,7 +165,7 @@ def choose(q: Tensor, k: Tensor, lse: Tensor, documents: Documents, sizes: Atten
         scores = new(count, groups, bq, width(count), dtype=torch.float32, device=q.device)
         if len(k):
             _launch_score(q, k, lse, scores, documents, sizes, tile)
-        _launch_choose(scores, keys, documents, sizes, tile, chunk)
+        _launch_choose(scores, keys, documents, sizes, tile)
         tile += count
     return keys
 
@@ -201,20 +178,19 @@ def _launch_score(
     count, groups, bq, width = scores.shape
     bn = max(how.columns, 2 * r)
     options = how.options | {"num_warps": how.warps * bn // how.columns}
-    pair = PAIR and e2 == 0 and q.shape[1] > groups  # of width 192, two heads leave room for one program an SM
     _score[triton.cdiv(width, bn // r - 1), count, groups](
         *columns(q, bq), *columns(k, bn), lse, scores, documents.tokens, documents.blocks, documents.count,
         q.shape[2] ** -0.5 * LOG2E, tile, len(q), width, q.stride(1), k.stride(1),
         G=q.shape[1] // groups, E=e, E2=e2, L=sizes.l, D=sizes.d, R=r, BQ=bq, BN=bn,
-        PAIR=pair, EXACT=precision(q), **options,
+        EXACT=precision(q), **options,
     )  # fmt: skip
 
 
-def _launch_choose(scores: Tensor, keys: Tensor, documents: Documents, sizes: Attention, tile: int, chunk: int) -> None:
+def _launch_choose(scores: Tensor, keys: Tensor, documents: Documents, sizes: Attention, tile: int) -> None:
     count, groups, bq, width = scores.shape
     picks = keys.shape[2]
     _choose[count * (bq // CHOOSE.rows), groups](
-        scores, keys, documents.tokens, documents.count, tile, width, chunk, documents.tiles(sizes.l_slc),
+        scores, keys, documents.tokens, documents.count, tile, width, documents.tiles(sizes.l_slc),
         SLC=sizes.l_slc, INITIAL=sizes.initial, LOCAL=sizes.local,
         P=triton.next_power_of_2(max(1, picks - sizes.initial)), R=picks,
         BQ=bq, BR=CHOOSE.rows, W=triton.next_power_of_2(width), M=RUN if width > 256 else 1, **CHOOSE.options,

@@ -4,7 +4,6 @@ Heads are cut by KV head: a query group stays with its KV head, so attention its
 """
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,27 +11,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configs.schema import Config, Kind
-from nsa import NSACore
+from nsa import Documents, NSACore, check_backend
 from parallel.rope import Rope
 from parallel.tensor import ColumnLinear, RowLinear, TensorParallel
 
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-@dataclass(frozen=True)
-class Documents:
-    """The documents packed in a micro-batch of n tokens; attention stays within each."""
-
-    cu_seqlens: Tensor  # [documents + 1], host memory: starts, and n at the end
-    positions: Tensor  # [n], on the device: place of a token in its document
-
-    @classmethod
-    def of(cls, cu_seqlens: Tensor, device: torch.device) -> "Documents":
-        """From starts on the host."""
-        cu_seqlens = cu_seqlens.long()
-        lengths = cu_seqlens.diff()
-        positions = torch.arange(int(cu_seqlens[-1])) - cu_seqlens[:-1].repeat_interleave(lengths)
-        return cls(cu_seqlens, positions.to(device, non_blocking=True))
 
 
 class FullAttention(nn.Module):
@@ -81,6 +64,8 @@ class SparseAttention(nn.Module):
     def __init__(self, cfg: Config, tp: TensorParallel, rope: Rope):
         super().__init__()
         m, self.sizes = cfg.model, cfg.attention
+        # Before a run is made, not in its first step.
+        check_backend(self.sizes, m.qk_dim, m.v_dim, m.heads // m.kv_heads)
         self.branches = [b.value for b in self.sizes.branches]
         self.qk_dim, self.v_dim = m.qk_dim, m.v_dim
         self.tp, self.rope = tp, rope
@@ -99,7 +84,7 @@ class SparseAttention(nn.Module):
         v = self.wv(x).unflatten(1, (-1, self.pairs, self.v_dim)).unbind(2)
         kv = {name: (k[i % self.pairs], v[i % self.pairs]) for i, name in enumerate(self.branches)}
         gates = self.gate(x).unflatten(1, (-1, len(self.branches))).sigmoid()  # [n, heads/tp, branches]
-        o = self.core(q, kv, gates, documents.cu_seqlens, self.rope, share=self.tp.share_inside)
+        o = self.core(q, kv, gates, documents, self.rope, share=self.tp.share_inside)
         return self.tp.leave(self.wo(o.flatten(1)))
 
 

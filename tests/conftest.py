@@ -16,6 +16,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # triton reads it when it is imported: its kernels then run on a CPU, where asked for
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from data import prepare
 
 torch.set_num_threads(1)

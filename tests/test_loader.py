@@ -1,5 +1,6 @@
 """The order of rows: one sequence for any number of ranks, each row once an epoch, continued where it was left."""
 
+import itertools
 import shutil
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ import torch
 from configs.errors import DataError
 from configs.schema import LongDocuments, OnBadShard
 from data.loader import Batch, Loader
-from data.shards import ShardEntry, read_manifest, write_manifest, write_shard
+from data.shards import Shard, ShardEntry, read_manifest, write_manifest, write_shard
 
 S = 64
 
@@ -37,9 +38,10 @@ def documents(batches: list[Batch]) -> list[int]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_any_number_of_ranks_reads_the_same_global_batches(corpus, size):
-    alone = loader(corpus)
-    ranks = [loader(corpus, r, size) for r in range(size)]
+@pytest.mark.parametrize("how", list(LongDocuments))
+def test_any_number_of_ranks_reads_the_same_global_batches(corpus, size, how):
+    alone = loader(corpus, long_documents=how)
+    ranks = [loader(corpus, r, size, long_documents=how) for r in range(size)]
     for _ in range(4):
         expected, parts = alone.next_step(), [b for r in ranks for b in r.next_step()]
         assert rows(parts) == rows(expected)
@@ -169,13 +171,14 @@ def everything_of(made: Loader) -> Counter:
     return Counter(ids([b for _ in range(made.total) for b in made.next_step()]))
 
 
-def test_an_epoch_has_every_token_once_through_kills_and_other_sizes(numbered):
+@pytest.mark.parametrize("how", list(LongDocuments))
+def test_an_epoch_has_every_token_once_through_kills_and_other_sizes(numbered, how):
     """Stops anywhere, goes on with another number of ranks, throws away what was read ahead."""
-    made, seen, sizes, state = loader(numbered[0]), [], [1, 4, 2, 8, 1, 2], None
+    made, seen, sizes, state = loader(numbered[0], long_documents=how), [], [1, 4, 2, 8, 1, 2], None
     epoch, steps = made.total, 0
     while steps * 8 < epoch:
         size = sizes[steps % len(sizes)]
-        ranks = [loader(numbered[0], r, size, read_ahead=r % 3) for r in range(size)]
+        ranks = [loader(numbered[0], r, size, read_ahead=r % 3, long_documents=how) for r in range(size)]
         for r in ranks if state else []:
             r.load_state_dict(state)
         for _ in range(steps % 4 + 1):
@@ -234,39 +237,48 @@ def test_data_sets_of_two_tokenizers_do_not_mix(numbered, corpus):
 
 @pytest.mark.parametrize("lengths", [(32, 128), (128, 32), (32, 96, 64)], ids=str)
 @pytest.mark.parametrize("steps", [0, 1, 4])
-def test_a_stage_of_another_length_reads_the_rest_of_the_epoch(numbered, lengths, steps):
+@pytest.mark.parametrize("how", list(LongDocuments))
+def test_a_stage_of_another_length_reads_the_rest_of_the_epoch(numbered, lengths, steps, how):
     """Every token once although the length changes, and changes again; a resume inside a stage is the same stage."""
     seen, state = [], None
     for length in lengths[:-1]:
-        made = loader(numbered[0], seq_len=length)
+        made = loader(numbered[0], seq_len=length, long_documents=how)
         if state:
             made.load_state_dict(state)
         seen += ids([b for _ in range(steps) for b in made.next_step()])
         state = made.state_dict()
-    last = loader(numbered[0], seq_len=lengths[-1], global_batch=1)
+    last = loader(numbered[0], seq_len=lengths[-1], global_batch=1, long_documents=how)
     last.load_state_dict(state)
     total = sum(everything(numbered[0]).values())
     while len(seen) < total:
         seen += ids(last.next_step())
-        again = loader(numbered[0], seq_len=lengths[-1], global_batch=1)
+        again = loader(numbered[0], seq_len=lengths[-1], global_batch=1, long_documents=how)
         again.load_state_dict(last.state_dict())
     assert Counter(seen) == everything(numbered[0])
     assert rows(again.next_step()) == rows(last.next_step())
     assert len(str(last.state_dict())) < 400
 
 
-def test_cut_documents_keep_their_length(corpus):
-    made = loader(corpus, long_documents=LongDocuments.cut)
-    with pytest.raises(DataError, match="keep the same seq_len"):
-        loader(corpus, seq_len=32, long_documents=LongDocuments.cut).load_state_dict(made.state_dict())
-
-
-def test_padding_is_less_than_a_hundredth(corpus):
-    made, padding = loader(corpus, global_batch=1), 0
+@pytest.mark.parametrize("how", list(LongDocuments))
+def test_padding_is_less_than_a_hundredth(corpus, how):
+    made, padding = loader(corpus, global_batch=1, long_documents=how), 0
     for _ in range(made.total):
         padding += sum(b.padding for b in made.next_step())
     assert padding == made.total * S - sum(e.tokens for e in made.manifest.splits["train"])
     assert padding < 0.01 * made.total * S
+
+
+def test_documents_that_fit_into_a_row_are_whole_if_long_ones_are_cut(numbered):
+    """By the ids that are their tokens; `numbered` has documents of 1 to 150 tokens, and rows have 256."""
+    made, where = loader(numbered[0], global_batch=1, seq_len=256, long_documents=LongDocuments.cut), {}
+    for row in range(made.total):
+        where |= dict.fromkeys(ids(made.next_step()), row)
+    found = []
+    for entry in made.manifest.splits["train"]:
+        shard = Shard(numbered[0], entry, "uint32")
+        ends = [*shard.starts.tolist(), len(shard)]
+        found += [{where[t] for t in shard.read(a, b).tolist() if t != END} for a, b in itertools.pairwise(ends)]
+    assert sum(len(rows) > 1 for rows in found) < 0.1 * len(found)
 
 
 def test_positions(corpus):
@@ -312,10 +324,12 @@ def test_damage_stops_with_shard_and_sample(numbered, tmp_path):
         everything_of(made)
 
 
-def test_skipped_rows_are_empty_counted_and_the_rest_is_unchanged(numbered, tmp_path):
-    whole = loader(numbered[0])
+@pytest.mark.parametrize("how", list(LongDocuments))
+def test_skipped_rows_are_empty_counted_and_the_rest_is_unchanged(numbered, tmp_path, how):
+    whole = loader(numbered[0], long_documents=how)
     path = damage(numbered, tmp_path, 0.3)
-    ranks = [loader(path, r, 2, on_bad_shard=OnBadShard.skip, read_ahead=1) for r in range(2)]
+    options = dict(on_bad_shard=OnBadShard.skip, read_ahead=1, long_documents=how)
+    ranks = [loader(path, r, 2, **options) for r in range(2)]
     empty = 0
     for _ in range(whole.total // 8):
         expected = rows(whole.next_step())

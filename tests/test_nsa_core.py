@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from configs.schema import Attention, Branch, Compression
-from nsa import NSACore, nsa_attention, reference
+from nsa import Documents, NSACore, nsa_attention, reference
 from parallel.rope import Rope
 
 ROPE = Rope(8, 256, 10000.0, torch.device("cpu"))
 CU = torch.tensor([0, 40, 45, 100])
+DOCUMENTS = Documents.of(CU, torch.device("cpu"))
 N, HEADS, GROUPS, QK, V = 100, 4, 2, 8, 6
 
 
@@ -42,13 +43,13 @@ def test_keys_are_compressed_before_they_are_rotated_at_their_blocks_first_posit
     phi = [reference.compress_mlp(x, first, *p.parameters()) for x, p in zip(kv["cmp"], (made.phi_k, made.phi_v))]
     rotated = {name: (ROPE(k, positions), v) for name, (k, v) in kv.items()}
     expected = nsa_attention(ROPE(q, positions), rotated, ROPE(phi[0], positions[first]), phi[1], gates, CU, a)
-    torch.testing.assert_close(made(q, kv, gates, CU, ROPE), expected, rtol=0, atol=0)
+    torch.testing.assert_close(made(q, kv, gates, DOCUMENTS, ROPE), expected, rtol=0, atol=0)
 
 
 def test_every_weight_learns():
     a = sizes()
     made, (q, kv, gates) = core(a), inputs(a)
-    made(q, kv, gates, CU, ROPE).sin().sum().backward()
+    made(q, kv, gates, DOCUMENTS, ROPE).sin().sum().backward()
     names = [name for name, _ in made.named_parameters()]
     assert names == [f"phi_{x}.{leaf}" for x in "kv" for leaf in ("pe", "w1", "b1", "w2", "b2")]
     for name, p in made.named_parameters():
@@ -58,7 +59,7 @@ def test_every_weight_learns():
 def test_share_is_applied_to_every_weight():
     a, seen = sizes(), []
     made, (q, kv, gates) = core(a), inputs(a)
-    made(q, kv, gates, CU, ROPE, share=lambda p: seen.append(p) or p)
+    made(q, kv, gates, DOCUMENTS, ROPE, share=lambda p: seen.append(p) or p)
     assert {id(p) for p in seen} == {id(p) for p in made.parameters()}
 
 
@@ -66,10 +67,10 @@ def test_share_is_applied_to_every_weight():
 def test_causal_through_the_whole_core(changed):
     a = sizes()
     made, (q, kv, gates) = core(a), inputs(a)
-    before = made(q, kv, gates, CU, ROPE)
+    before = made(q, kv, gates, DOCUMENTS, ROPE)
     for t in (q, gates, *(x for pair in kv.values() for x in pair)):
         t[changed] += 1
-    after = made(q, kv, gates, CU, ROPE)
+    after = made(q, kv, gates, DOCUMENTS, ROPE)
     assert torch.equal(before[:changed], after[:changed])
     assert not torch.equal(before[changed], after[changed])
     end = CU[torch.searchsorted(CU, changed, right=True)]  # of the document that the token is in
@@ -90,7 +91,7 @@ def test_causal_through_the_whole_core(changed):
 def test_ablations_run_with_the_weights_they_need(changes):
     a = sizes(**changes)
     made, (q, kv, gates) = core(a), inputs(a)
-    o = made(q, kv, gates, CU, ROPE)
+    o = made(q, kv, gates, DOCUMENTS, ROPE)
     assert o.shape == (N, HEADS, V)
     assert o.isfinite().all()
     learns = Branch.cmp in a.branches and a.compression is Compression.mlp
@@ -107,4 +108,4 @@ def test_without_cmp_selection_scores_by_the_mean_of_the_keys_it_selects(branche
     three = {"cmp": kv["slc"], "win": kv["slc"], **kv}
     places = [list(Branch).index(b) for b in branches]
     only = torch.zeros(N, HEADS, 3).index_copy(2, torch.tensor(places), gates)
-    torch.testing.assert_close(made(q, kv, gates, CU, ROPE), other(q, three, only, CU, ROPE))
+    torch.testing.assert_close(made(q, kv, gates, DOCUMENTS, ROPE), other(q, three, only, DOCUMENTS, ROPE))

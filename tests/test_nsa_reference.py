@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import Attention, Backend, Branch
+from configs.schema import Attention, Branch
 from nsa import nsa_attention, reference
 from nsa.cases import CASES, Case, make_inputs
 
@@ -245,23 +245,3 @@ def test_bf16_is_close_and_stays_bf16():
     assert o.dtype is torch.bfloat16
     exact = run(case, {name: t.double() for name, t in x.items()})
     torch.testing.assert_close(o.double(), exact, rtol=1e-2, atol=1e-2)
-
-
-def test_misfits_are_named():
-    case = BY_NAME["packed"]
-    x = make_inputs(case, torch.float32)
-    for name, word in (("gates", "gates"), ("k_slc", "slc"), ("k_cmp", "compressed"), ("v_cmp", "compressed value")):
-        with pytest.raises(ValueError, match=word):
-            run(case, {**x, name: x[name][:-1]})
-    with pytest.raises(ValueError, match="run from 0 to"):
-        run(Case("short", (5,)), x)
-    one_head = {name: x[name][:, :1] for name in ("k_cmp", "v_cmp")}
-    for changed in (one_head, {"v_slc": x["v_slc"][..., :1]}):
-        with pytest.raises(ValueError, match="branches disagree"):
-            run(case, {**x, **changed})
-
-
-def test_triton_is_refused_until_there_are_kernels():
-    case = Case("refused", (8,), sizes=Attention(backend=Backend.triton, l=8, d=4, l_slc=16, n=4))
-    with pytest.raises(Exception, match=r"attention.backend=triton.*give torch or auto"):
-        run(case, make_inputs(case, torch.float32))

@@ -91,7 +91,7 @@ def test_rows_of_another_length_take_up_what_was_not_read(steps, taken):
     for step in steps[:-1]:
         rows = Rows(SIZES, step, 5, rest)
         seen += read(rows, 0, taken)
-        rest = rows.unread(taken)
+        rest = rows.unread(taken, lambda window, row, step=step: [(row * step, (row + 1) * step)])
     rows, position = Rows(SIZES, steps[-1], 5, rest), 0
     while len(seen) < len(EVERYTHING):
         seen += read(rows, position, position + 1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data.order import Window
-from data.pack import IGNORE, cut_starts, fill
+from data.pack import IGNORE, fill
 from data.shards import Shard, write_shard
 
 END = 99
@@ -50,19 +50,6 @@ def test_rows_of_a_window_are_its_shards_one_after_the_other(tmp_path, monkeypat
         assert labels == after[part.start : part.stop] + [IGNORE] * padding
         inside = {0} | {s - part.start for s in starts if s in part}
         assert set(found) == inside | ({seq_len - padding} if padding else set())
-
-
-@pytest.mark.parametrize("seq_len", [4, 7, 16])
-def test_cut_begins_each_row_with_a_document(tmp_path, seq_len):
-    made, documents = shard(tmp_path, [3, 12, 1, 9, 40, 2])
-    firsts, seen = [d[0] for d in documents], []
-    for start in cut_starts(made, seq_len).tolist():
-        tokens, _, _ = row([(made, start, min(start + seq_len, len(made)))], seq_len)
-        assert tokens[0] in firsts
-        seen += tokens
-    kept = [t for t in seen if t != END]
-    assert len(kept) == len(set(kept)), "no token twice"
-    assert len(kept) > 10
 
 
 def test_a_row_without_pieces_is_empty():

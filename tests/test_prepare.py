@@ -340,15 +340,82 @@ def test_what_was_begun_is_not_mixed_with_other_input_or_shared(sources, tmp_pat
     assert run(*files) == 0
 
 
-def test_inspect(corpus, capsys):
-    assert inspect.main([corpus, "--verify"]) == 0
-    out = capsys.readouterr().out
-    assert "every hash matches" in out
-    assert "train:" in out
-    assert inspect.main([corpus, "--document", "0"]) == 0
-    assert len(capsys.readouterr().out) > 10
-    assert inspect.main([corpus, "--document", "1000000"]) == 65
-    assert inspect.main([corpus + "-absent"]) == 65
+def test_inspect_counts_draws_and_decodes(corpus, tmp_path, capsys):
+    picture = tmp_path / "lengths.png"
+    assert inspect.main([corpus, "--histogram", str(picture)]) == 0
+    out, manifest = capsys.readouterr().out, read_manifest(corpus)
+    every = decoded(Path(corpus))
+    for name, entries in manifest.splits.items():
+        counts = sum(e.documents for e in entries), sum(e.tokens for e in entries)
+        assert f"documents, {counts[1]:,} tokens" in out
+        assert f"{name}: {len(entries):,} shards" in out
+        assert f"{counts[0]:,} documents" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    count = sum(e.documents for e in manifest.splits["train"])
+    for split, index, expected in (
+        ("train", 0, every[0]),
+        ("train", count - 1, every[count - 1]),
+        ("val", 0, every[count]),
+    ):
+        assert inspect.main([corpus, "--document", str(index), "--split", split]) == 0
+        assert capsys.readouterr().out == expected + "\n"
+
+
+def test_inspect_verifies_every_hash(corpus, tmp_path, capsys):
+    data = Path(shutil.copytree(corpus, tmp_path / "data"))
+    assert inspect.main([str(data), "--verify"]) == 0
+    assert "every hash matches" in capsys.readouterr().out
+    bad = [read_manifest(data).splits[split][0].path for split in ("train", "val")]
+    for name in bad:
+        raw = bytearray((data / name).read_bytes())
+        raw[-1] ^= 1
+        (data / name).write_bytes(raw)
+    assert inspect.main([str(data), "--verify"]) == 65
+    error = capsys.readouterr().err
+    assert all(f"{name}: does not match its hash" in error for name in bad)
+    assert f"2 of {sum(map(len, read_manifest(data).splits.values()))} shards are damaged" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--document", "1000000"], 65, "document train 1000000: there are "),
+        (["--document", "-1"], 64, "--document: -1 is not within"),
+        (["--split", "test", "--document", "0"], 65, "document test 0: there are 0"),
+        (["--histogram", "absent/x.png"], 65, "absent/x.png: cannot be written"),
+    ],
+    ids=str,
+)
+def test_inspect_says_what_is_wrong(corpus, capsys, options, code, says):
+    assert inspect.main([corpus, *options]) == code
+    assert says in capsys.readouterr().err
+
+
+def test_inspect_of_nothing(tmp_path, capsys):
+    assert inspect.main([str(tmp_path / "absent")]) == 65
+    assert "no manifest.json there; make it with python -m data.prepare" in capsys.readouterr().err
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from data import prepare
+prepare.RUN = 1 << 20
+assert prepare.main(sys.argv[1:]) == 0
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+
+
+def test_memory_does_not_grow_with_the_input(tmp_path, texts):
+    line, peaks = "".join(json.dumps({"text": t}) + "\n" for t in texts), []
+    for size in (1, 13):
+        (tmp_path / f"{size}.jsonl").write_text(line * (size * 10**6 // len(line)))
+        files = ["--input", str(tmp_path / f"{size}.jsonl"), "--output", str(tmp_path / f"out{size}")]
+        options = ["--tokenizer", "bpe:300", "--shard-tokens", "2000000", "--workers", "1"]
+        command = [sys.executable, "-c", MEMORY, *files, *options]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    assert peaks[1] < peaks[0] + 6, "MiB, for 12 MB more of text"
 
 
 def test_held_out_documents_are_a_share_and_never_in_training(corpus, texts):

@@ -1,10 +1,8 @@
-"""Shards from real servers: nginx over HTTP, an S3-compatible one, and one that fails in the ways servers fail."""
+"""Shards from real servers: over HTTP and HTTPS, from an S3-compatible one, and one that fails as servers fail."""
 
 import http.server
 import multiprocessing
 import os
-import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -13,16 +11,18 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
 from configs.errors import DataError
 from configs.schema import OnBadShard
 from data.loader import Loader
 from data.shards import Shard, read_manifest
 from data.store import Cache, Limits, open_store
+from tests.server import free_port, serve
 
 ROOT = Path(__file__).resolve().parent.parent
-NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 
 
 def limits(tmp_path, seconds: float = 20.0, size: int = 1 << 30) -> Limits:
@@ -40,55 +40,21 @@ def steps(made: Loader, count: int) -> list:
     ]
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def wait_for(port: int) -> None:
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        with socket.socket() as s:
-            if s.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.02)
-    raise AssertionError(f"nothing listens on {port}")
-
-
 @pytest.fixture(scope="module")
-def nginx(corpus, tmp_path_factory):
-    """The corpus behind nginx; yields its address and the log of requests."""
-    if NGINX is None:
-        pytest.skip("nginx is not installed (apt-get install nginx-light)")
-    folder, port = tmp_path_factory.mktemp("nginx"), free_port()
-    temporary = " ".join(
-        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    os.symlink(corpus, folder / "data")
-    (folder / "nginx.conf").write_text(
-        f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log; user root;\n"
-        f"events {{}} http {{ {temporary} log_format m '$status $http_range $uri'; access_log {folder}/access.log m;\n"
-        f"server {{ listen 127.0.0.1:{port}; location /data/ {{ root {folder}; }}\n"
-        f"location /login/ {{ root {folder}; error_page 404 =200 /page.html; }}\n"
-        f"location /page.html {{ root {folder}; }} }} }}\n"
-    )
-    (folder / "page.html").write_text("<!DOCTYPE html><html>log in first</html>" + " " * 3000)
-    process = subprocess.Popen([NGINX, "-c", folder / "nginx.conf", "-p", folder, "-e", folder / "error.log"])
-    wait_for(port)
-    yield f"http://127.0.0.1:{port}", folder / "access.log"
-    process.terminate()
-    process.wait(10)
+def served(corpus, tmp_path_factory):
+    """The corpus behind a web server; its address and the log of requests."""
+    with serve(corpus, tmp_path_factory.mktemp("served")) as address_and_log:
+        yield address_and_log
 
 
 def gets(log: Path) -> Counter:
-    """Requests by file, when nginx has written them down."""
+    """Requests by file, when the server has written them down."""
     time.sleep(0.1)
     return Counter(line.rsplit("/", 1)[-1] for line in log.read_text().splitlines())
 
 
-def test_the_same_batches_from_nginx_and_from_disk(corpus, nginx, tmp_path):
-    address, log = nginx
+def test_the_same_batches_from_a_server_and_from_disk(corpus, served, tmp_path):
+    address, log = served
     log.write_text("")
     here = loader(corpus, limits(tmp_path))
     there = loader(f"{address}/data", limits(tmp_path), read_ahead=2)
@@ -101,12 +67,31 @@ def test_the_same_batches_from_nginx_and_from_disk(corpus, nginx, tmp_path):
     assert {n for name, n in gets(log).items() if name.endswith(".tar")} == {1}, "the cache is used again"
 
 
+def test_the_same_batches_over_tls_from_a_server_that_is_trusted(corpus, tmp_path):
+    """In a process of its own: what is trusted is read once."""
+    (tmp_path / "served").mkdir()
+    code = (
+        "import sys\nfrom tests.test_store import Limits, loader, steps\n"
+        "print(steps(loader(sys.argv[1], Limits(sys.argv[2], 1 << 30, 2.0)), 5))"
+    )
+    with serve(corpus, tmp_path / "served", nginx=False, tls=True) as (address, log):
+        trusted = {**os.environ, "SSL_CERT_FILE": str(tmp_path / "served" / "server.pem")}
+        for env, ok in ((trusted, True), (None, False)):
+            command = [sys.executable, "-c", code, f"{address}/data", str(tmp_path / f"cache{ok}")]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=60, check=False)
+            if ok:
+                assert done.stdout.strip() == str(steps(loader(corpus, limits(tmp_path)), 5)), done.stderr
+            else:
+                assert "certificate verify failed" in done.stderr.splitlines()[-1]
+        assert "206 bytes=0-" in log.read_text()
+
+
 def _read_in_a_process(address: str, bounds: Limits) -> list:
     return steps(loader(address, bounds), 20)
 
 
-def test_processes_of_a_node_fetch_each_shard_once(nginx, tmp_path):
-    address, log = nginx
+def test_processes_of_a_node_fetch_each_shard_once(served, tmp_path):
+    address, log = served
     log.write_text("")
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         results = pool.starmap(_read_in_a_process, [(f"{address}/data", limits(tmp_path))] * 3)
@@ -114,8 +99,8 @@ def test_processes_of_a_node_fetch_each_shard_once(nginx, tmp_path):
     assert {n for name, n in gets(log).items() if name.endswith(".tar")} == {1}
 
 
-def test_a_login_page_instead_of_a_shard(nginx, corpus, tmp_path):
-    address, _ = nginx
+def test_a_login_page_instead_of_a_shard(served, corpus, tmp_path):
+    address, _ = served
     store = open_store(f"{address}/login", limits(tmp_path))
     with pytest.raises(DataError, match="is HTML instead of a tar"):
         store.path(read_manifest(corpus).splits["train"][0])
@@ -123,8 +108,8 @@ def test_a_login_page_instead_of_a_shard(nginx, corpus, tmp_path):
         loader(f"{address}/login", limits(tmp_path))
 
 
-def test_no_data_behind_an_address(nginx, tmp_path):
-    address, _ = nginx
+def test_no_data_behind_an_address(served, tmp_path):
+    address, _ = served
     with pytest.raises(DataError, match=r"no manifest.json there"):
         loader(f"{address}/data/nothing", limits(tmp_path))
 
@@ -143,8 +128,8 @@ def test_the_cache_keeps_its_bound_and_the_latest(corpus, tmp_path):
     assert len(list((tmp_path / "cache").glob("*.idx"))) == len(list((tmp_path / "cache").glob("*.tar")))
 
 
-def test_a_bit_that_flips_in_the_cache(corpus, nginx, tmp_path):
-    address, _ = nginx
+def test_a_bit_that_flips_in_the_cache(corpus, served, tmp_path):
+    address, _ = served
     steps(loader(f"{address}/data", limits(tmp_path)), 60)
     for path in (tmp_path / "cache").glob("*.tar"):
         raw = bytearray(path.read_bytes())
@@ -252,11 +237,11 @@ def test_shards_that_cannot_be_had_are_skipped_and_counted(failing, corpus, tmp_
     assert same == len(got) * 4 - there.skipped
 
 
-def test_a_shard_that_is_gone(nginx, corpus, tmp_path):
+def test_a_shard_that_is_gone(served, corpus, tmp_path):
     entry = replace(read_manifest(corpus).splits["train"][0], path="train-999999.tar", sha256="1" * 64)
     begin = time.monotonic()
     with pytest.raises(DataError, match=r"/data/train-999999.tar: is missing"):
-        open_store(f"{nginx[0]}/data", limits(tmp_path)).path(entry)
+        open_store(f"{served[0]}/data", limits(tmp_path)).path(entry)
     assert time.monotonic() - begin < 2, "this is not tried again"
 
 
@@ -271,14 +256,10 @@ def test_other_schemes_are_refused(path, tmp_path):
 
 def test_s3(corpus, tmp_path, monkeypatch):
     """Against moto's server, which speaks S3 over HTTP."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
-    server_module = pytest.importorskip("moto.server", reason="moto is not installed")
-    import boto3
-
     for key, value in (("ACCESS_KEY_ID", "k"), ("SECRET_ACCESS_KEY", "s"), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{key}", value)
     port = free_port()
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     server.start()
     try:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")

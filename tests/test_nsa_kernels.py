@@ -1,0 +1,275 @@
+"""NSA's kernels by Triton's interpreter on a CPU, in fp32 and small; which backend runs; what is refused.
+
+test_nsa_gpu.py has the rest, where there is a GPU.
+"""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from configs.errors import ConfigError
+from configs.schema import Attention, Backend, Branch, Compression
+from nsa import Documents, NSACore, check_backend, fused, nsa_attention, reference
+from nsa.cases import CASES, Case, make_inputs
+from nsa.compress import block_linear
+from parallel.rope import Rope
+from tests import kernels, tiny
+
+interpreted = pytest.mark.skipif(not fused.INTERPRETED, reason="the interpreter is off where there is a GPU")
+CPU = torch.device("cpu")
+SIZES = Attention(l=8, d=4, l_slc=16, n=3, w=12)
+SMALL = Case("small", (50, 9), heads=2, kv_heads=1, sizes=SIZES)
+HOSTILE = ("one token", "exactly a block", "empty document", "window of one", "much overlap", "one KV head")
+
+
+@interpreted
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in HOSTILE], ids=lambda c: c.name)
+def test_forward_backward_and_selection(case):
+    assert kernels.faults(case, torch.float32, "cpu") == []
+
+
+def check_causal(device: str, dtype: torch.dtype, case: Case, changed: int) -> None:
+    """Token `changed` of the first document, and all after it, do not touch what comes before: bit for bit."""
+    x, a = {name: t.detach() for name, t in make_inputs(case, dtype, device).items()}, case.sizes
+    before = kernels.attend(case, x)
+    _, first, _ = reference.block_starts(case.cu_seqlens, a.l, a.d)
+    for name, t in x.items():
+        later = first + a.l > changed if name.endswith("cmp") else torch.arange(case.tokens) >= changed
+        t[later.to(device)] = torch.randn_like(t[later.to(device)]) * 3
+    after = kernels.attend(case, x)
+    assert torch.equal(before[:changed], after[:changed])
+    assert not torch.equal(before[changed:], after[changed:])
+
+
+@interpreted
+def test_no_output_depends_on_later_tokens():
+    check_causal("cpu", torch.float32, SMALL, 33)
+
+
+@interpreted
+def test_packed_documents_equal_documents_alone():
+    x = {name: t.detach() for name, t in make_inputs(SMALL, torch.float32).items()}
+    packed, token, block = kernels.attend(SMALL, x), 0, 0
+    for length in SMALL.lengths:
+        alone = replace(SMALL, lengths=(length,))
+        rows, blocks = slice(token, token + length), slice(block, block + alone.blocks)
+        part = {name: t[blocks if name.endswith("cmp") else rows] for name, t in x.items()}
+        torch.testing.assert_close(kernels.attend(alone, part), packed[rows], rtol=1e-6, atol=1e-6)
+        token, block = token + length, block + alone.blocks
+
+
+def check_ties(device: str, dtype: torch.dtype, case: Case) -> None:
+    """Blocks that score alike are taken from the first on."""
+    x = make_inputs(case, dtype, device)
+    x["k_cmp"] = torch.zeros_like(x["k_cmp"])
+    read, a = kernels.selection(case, x), case.sizes
+    for t in range(case.tokens):
+        own = t // a.l_slc
+        free = [j for j in range(own) if j not in range(a.initial)][: max(0, a.n - 1 - a.initial)]
+        expected = sorted({*range(min(a.initial, own + 1)), own, *free})
+        for head in read[t]:
+            assert head.nonzero().flatten().tolist() == expected, f"query {t}"
+
+
+@interpreted
+def test_ties_go_to_the_smaller_block():
+    sizes = Attention(l=4, d=4, l_slc=8, n=3, initial=1, local=1, w=4)
+    check_ties("cpu", torch.float32, Case("ties", (60,), heads=2, kv_heads=1, sizes=sizes))
+
+
+def check_block_linear(device: str, dtype: torch.dtype, heads: int, width: int, hidden: int, l: int, d: int) -> None:
+    """Against windows that are copied, in fp64; `filled` memory, so that all of a gradient has to be written."""
+    generator = torch.Generator().manual_seed(0)
+    documents = Documents.of(torch.tensor([0, 3 * l + 1, 3 * l + 3, 9 * l]), device)
+    blocks = documents.blocks(l, d)
+    x, w = (torch.randn(s, generator=generator).to(device, dtype) for s in ((9 * l, heads, width), (hidden, l * width)))
+    dy = torch.randn(len(blocks.first), heads, hidden, generator=generator).to(device, dtype)
+
+    def plain(x, w):
+        windows = x[blocks.first[:, None] + torch.arange(l, device=device)]  # [m, l, h, e]
+        return windows.transpose(1, 2).flatten(2) @ w.T
+
+    def ours(x, w):
+        return block_linear(x, w, blocks.first, blocks.tokens, blocks.blocks, l, d)
+
+    def run(f, dtype):
+        values = [t.to(dtype).requires_grad_() for t in (x, w)]
+        y = f(*values)
+        return [y, *torch.autograd.grad(y, values, dy.to(dtype))]
+
+    with kernels.filled():
+        got = run(ours, dtype)
+    for name, *three in zip(("y", "x", "w"), got, run(plain, dtype), run(plain, torch.float64)):
+        assert kernels.differs(name, *three, dy.double()) is None
+    assert all(torch.equal(a, b) for a, b in zip(got, run(ours, dtype)))
+
+
+@interpreted
+@pytest.mark.parametrize(("heads", "hidden", "l", "d"), [(3, 5, 8, 4), (1, 8, 4, 4)])
+def test_the_first_layer_of_compression(heads, hidden, l, d):
+    check_block_linear("cpu", torch.float32, heads, 8, hidden, l, d)
+
+
+def core_results(device: str, dtype: torch.dtype, sizes: Attention, width: int, backend: Backend) -> dict:
+    """Output and all gradients of a core with weights of its own."""
+    core = NSACore(replace(sizes, backend=backend), width, width).to(device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    for p in core.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    documents = Documents.of(torch.tensor([0, 40, 45, 100]), device)
+    shapes = {"q": (100, 4, width), "gates": (100, 4, len(sizes.branches))}
+    shapes |= {f"{x}_{b.value}": (100, 2, width) for x in "kv" for b in sizes.branches}
+    x = {name: torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for name, s in shapes.items()}
+    kv = {b.value: (x[f"k_{b.value}"], x[f"v_{b.value}"]) for b in sizes.branches}
+    o = core(x["q"], kv, x["gates"].sigmoid(), documents, Rope(width, 128, 1e4, torch.device(device)))
+    x |= dict(core.named_parameters())
+    return {"o": o.detach(), **dict(zip(x, torch.autograd.grad(o.sin().sum(), list(x.values()))))}
+
+
+@interpreted
+@pytest.mark.parametrize("changes", [{}, {"branches": [Branch.slc], "compression": Compression.mean}], ids=str)
+def test_a_core_computes_alike_by_kernels_and_by_torch(changes):
+    ours, plain = (
+        core_results("cpu", torch.float32, replace(SIZES, **changes), 8, backend)
+        for backend in (Backend.triton, Backend.torch)
+    )
+    assert ours.keys() == plain.keys()
+    for name in ours:
+        torch.testing.assert_close(
+            ours[name], plain[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@interpreted
+def test_compiled_whole_and_computed_again_it_is_the_same():
+    case = Case("few", (21,), heads=2, kv_heads=1, sizes=SIZES)
+    x = make_inputs(case, torch.float32)
+    do = torch.ones(case.tokens, case.heads, case.v_dim)
+    plain = kernels.results(case, x, do)
+
+    def attend(*values):
+        return kernels.attend(case, dict(zip(x, values)))
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for f in (compiled, lambda *values: checkpoint(attend, *values, use_reentrant=False)):
+        o = f(*x.values())
+        assert torch.equal(o, plain["o"])
+        for name, g in zip(x, torch.autograd.grad(o, list(x.values()), do)):
+            assert torch.equal(g, plain[name]), name
+
+
+@interpreted
+def test_only_asked_for_do_kernels_run_on_a_cpu(monkeypatch):
+    x = make_inputs(SMALL, torch.float32)
+    monkeypatch.setattr(fused, "nsa", lambda *_: "kernels")
+    assert kernels.attend(SMALL, x, Backend.triton) == "kernels"
+    plain = kernels.attend(SMALL, x, Backend.torch)
+    assert torch.equal(kernels.attend(SMALL, x, Backend.auto), plain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"v_dim": 6}, "the value width is 6; they take 16, 32"),
+        ({"qk_dim": 7}, "the query and key width is 7; they take"),
+        ({"heads": 6}, "6 heads share a KV head; they take groups of 1, 2, 4"),
+        ({"sizes": replace(SIZES, l_slc=24)}, "l_slc is 24; they take 16, 32, 64"),
+        ({"sizes": replace(SIZES, n=80)}, "n is 80 with local=2; they take at most 66"),
+    ],
+)
+@interpreted
+def test_what_the_kernels_do_not_take_is_named(changes, reason):
+    case = replace(SMALL, **changes)
+    with pytest.raises(ValueError, match=reason):
+        kernels.attend(case, make_inputs(case, torch.float32))
+    sizes = replace(case.sizes, backend=Backend.triton)
+    with pytest.raises(ConfigError, match=f"attention.backend=triton: {reason}.*give torch or auto") as refused:
+        check_backend(sizes, case.qk_dim, case.v_dim, case.heads // case.kv_heads)
+    assert refused.value.code == 64
+
+
+@interpreted
+def test_the_kernels_take_no_fp64():
+    with pytest.raises(ValueError, match=r"q is torch.float64; they take bfloat16"):
+        kernels.attend(SMALL, make_inputs(SMALL, torch.float64))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_triton_is_refused_before_a_run_starts(monkeypatch):
+    from parallel import attention
+
+    monkeypatch.setattr(fused, "INTERPRETED", False)
+    cfg = tiny.config(attention__backend=Backend.triton, model__qk_dim=16, model__v_dim=16)
+    with pytest.raises(ConfigError, match=r"attention.backend=triton: the kernels need a GPU"):
+        attention.build(cfg, None, None)
+    with pytest.raises(ValueError, match=r"q is on the cpu, and they run on a GPU"):
+        kernels.attend(SMALL, make_inputs(SMALL, torch.float32))
+
+
+def test_without_triton_there_is_the_definition():
+    code = """
+import sys
+sys.modules["triton"] = None
+import nsa
+from configs.schema import Attention, Backend
+nsa.check_backend(Attention(), 64, 64, 4)
+try:
+    nsa.check_backend(Attention(backend=Backend.triton), 64, 64, 4)
+except Exception as e:
+    print(e)
+"""
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out == "error: config attention.backend=triton: triton is not installed; give torch or auto\n"
+
+
+BAD = [
+    ("k_slc", lambda t: t.double(), r"k_slc is torch.float64 on cpu; it must be torch.float32 on cpu as q is"),
+    ("gates", lambda t: t.half(), r"gates is torch.float16 on cpu; it must be torch.float32"),
+    ("gates", lambda t: t[..., :2], r"gates has the shape \(59, 2, 2\); .* it must be \(59, 2, 3\)"),
+    ("q", lambda t: t.long(), r"q is torch.int64 of shape"),
+    ("q", lambda t: t[0], r"q is torch.float32 of shape \(2, 8\)"),
+    ("k_win", lambda t: t[:-1], r"k_win has the shape \(58, 1, 8\); .* it must be \(59, 1, 8\)"),
+    ("v_slc", lambda t: t[..., :4], r"v_slc has the shape \(59, 1, 4\); .* it must be \(59, 1, 8\)"),
+    ("k_cmp", lambda t: t.repeat(1, 2, 1), r"v_cmp has the shape .* it must be"),
+    ("k_slc", lambda t: t[:, 0], r"k_slc has the shape \(59, 8\); it must have three dimensions"),
+    ("k_slc", lambda t: None, r"k_slc is missing; the branches \['cmp', 'slc', 'win'\] need it"),
+    ("k_cmp", lambda t: None, r"k_cmp is missing"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), BAD, ids=[f"{name} {i}" for i, (name, *_) in enumerate(BAD)])
+def test_what_does_not_fit_is_named(name, change, message):
+    x = {n: t.detach() for n, t in make_inputs(SMALL, torch.float32).items()}
+    with pytest.raises(ValueError, match=message):
+        kernels.attend(SMALL, {**x, name: change(x[name])}, Backend.torch)
+
+
+@pytest.mark.parametrize("backend", [Backend.torch, pytest.param(Backend.triton, marks=interpreted)])
+@pytest.mark.parametrize("cu_seqlens", [[0, 50, 60], [1, 59], [0, 60, 59], [59], [], [[0, 59]], [0.0, 59.0]], ids=str)
+def test_documents_that_are_none_are_refused(cu_seqlens, backend):
+    x = {n: t.detach() for n, t in make_inputs(SMALL, torch.float32).items()}
+    kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in ("slc", "win")}
+    sizes = replace(SIZES, backend=backend)
+    with pytest.raises(ValueError, match=r"cu_seqlens is .* it must run from 0 to 59"):
+        nsa_attention(x["q"], kv, x["k_cmp"], x["v_cmp"], x["gates"], torch.tensor(cu_seqlens), sizes)
+
+
+@pytest.mark.parametrize("backend", [Backend.torch, pytest.param(Backend.triton, marks=interpreted)])
+def test_compressed_keys_of_other_documents_are_refused(backend):
+    x = {n: t.detach() for n, t in make_inputs(SMALL, torch.float32).items()}
+    fewer = {**x, "k_cmp": x["k_cmp"][:-1], "v_cmp": x["v_cmp"][:-1]}
+    with pytest.raises(ValueError, match=r"k_cmp is \(11, 1, 8\); it must hold the 12 compression blocks"):
+        kernels.attend(SMALL, fewer, backend)
+
+
+def test_one_table_of_blocks_serves_all_layers():
+    documents = Documents.of(torch.tensor([0, 50, 59]), CPU)
+    blocks = documents.blocks(8, 4)
+    assert documents.blocks(8, 4) is blocks
+    assert blocks.first.tolist() == reference.block_starts(documents.cu_seqlens, 8, 4)[1].tolist()
+    assert blocks.blocks.tolist() == [0, 11, 12]
+    assert documents.positions.tolist() == [*range(50), *range(9)]
