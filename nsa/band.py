@@ -22,7 +22,7 @@ FAR = tl.constexpr(1 << 30)
 # By bytes of an element; those for 16 bits were timed on an H200.
 FORWARD = {2: Launch(64, 64, 4, 3), 4: Launch(64, 32, 4, 2)}
 QUERIES = {2: Launch(64, 64, 4, 3), 4: Launch(64, 16, 4, 2)}
-KEYS = {2: Launch(64, 64, 4, 2), 4: Launch(32, 32, 4, 1)}
+KEYS = {2: Launch(32, 64, 4, 3), 4: Launch(32, 32, 4, 1)}
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,16 @@ def _keys_step(
     """Adds to the gradients of a tile of keys what the queries [begin, end) with GS heads each send them."""
     row = tl.arange(0, BQ * GS)
     steps = (end - begin + BQ - 1) // BQ
-    for step in tl.range(0, steps):  # backwards: tiles of keys start together at the last query and share reads
-        i = begin + (steps - 1 - step) * BQ
+    # Tiles of keys at work together should read a query at one time, and share it: so backwards where all begin with the
+    # document's last one; within a window, at step s those whose place is -s modulo the number of steps.
+    turn = 0
+    if N < FAR:
+        turn = (begin // BQ + steps - 1) % tl.maximum(steps, 1)
+    for step in tl.range(0, steps):
+        back = step + turn
+        if N < FAR:
+            back = tl.where(back >= steps, back - steps, back)
+        i = begin + (steps - 1 - back) * BQ
         q1 = q.load([origin + i, head, 0]).reshape(BQ * GS, E)
         s = tl.dot(k, q1.T, input_precision=EXACT)  # [keys, rows]
         if E2 > 0:
