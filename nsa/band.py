@@ -292,22 +292,31 @@ def _keys_step(
     """Adds to the gradients of a tile of keys what the queries [begin, end) with GS heads each send them."""
     row = tl.arange(0, BQ * GS)
     steps = (end - begin + BQ - 1) // BQ
-    for step in tl.range(0, steps):  # backwards: tiles of keys start together at the last query and share reads
-        i = begin + (steps - 1 - step) * BQ
+    # Tiles of keys at work together should read a query at one time, and share it: so backwards where all begin with the
+    # document's last one; within a window, at step s those whose place is -s modulo the number of steps.
+    turn = 0
+    if N < FAR:
+        turn = (begin // BQ + steps - 1) % tl.maximum(steps, 1)
+    for step in tl.range(0, steps):
+        back = step + turn
+        if N < FAR:
+            back = tl.where(back >= steps, back - steps, back)
+        i = begin + (steps - 1 - back) * BQ
         q1 = q.load([origin + i, head, 0]).reshape(BQ * GS, E)
         s = tl.dot(k, q1.T, input_precision=EXACT)  # [keys, rows]
         if E2 > 0:
             q2 = q_rest.load([origin + i, head, E]).reshape(BQ * GS, E2)
             s = tl.dot(k2, q2.T, s, input_precision=EXACT)
-        g_out = do.load([origin + i, head, 0]).reshape(BQ * GS, F)
-        dp = tl.dot(v, g_out.T, input_precision=EXACT)
         p = tl.exp2(s * scale - shift.load([at + i * GS])[None, :])
         if MASK:
             t = i + row // GS
             high = tl.where(t < limit, _high(t, L, D), 0)  # past the document's end are any rows, or none
             seen = (key[:, None] >= _low(t, A, N)[None, :]) & (key[:, None] < high[None, :])
             p = tl.where(seen, p, 0.0)
+        g_out = do.load([origin + i, head, 0]).reshape(BQ * GS, F)
+        # In this order no product has operands computed while another runs, which would make the compiler serialize both.
         dv = tl.dot(p.to(g_out.dtype), g_out, dv, input_precision=EXACT)
+        dp = tl.dot(v, g_out.T, input_precision=EXACT)
         ds = (p * (dp - delta.load([at + i * GS])[None, :])).to(q1.dtype)
         dk = tl.dot(ds, q1, dk, input_precision=EXACT)
         if E2 > 0:
