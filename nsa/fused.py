@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import Attention, Branch
-from nsa import band, gates, picked, score
+from nsa import band, band_backward, gates, picked, score
 from nsa.documents import check_blocks, check_documents
 from nsa.tiles import Documents, halves, rows
 
@@ -113,12 +113,12 @@ def _nsa_backward(
     outputs, lses = [out[name][0] for name in branches], [out[name][1] for name in branches]
     dgates, shifts, deltas = gates.products(do, outputs, lses, gates_.contiguous())
     statistics = {name: (shifts[c], deltas[c]) for c, name in enumerate(branches)}
-    dq = band.backward_queries(q, {name: kv[name] for name in branches}, do, statistics, documents, sizes)
+    dq = band_backward.queries(q, {name: kv[name] for name in branches}, do, statistics, documents, sizes)
     grads = {name: (q.new_empty(0), q.new_empty(0)) for name in NAMES}
     for name in branches:
         args = (q, *kv[name], do, *statistics[name])
         chosen = name == "slc" and sizes.n > sizes.local
-        dk, dv = band.backward_keys(*args, documents, band.bands(sizes)[name], torch.float32 if chosen else q.dtype)
+        dk, dv = band_backward.keys(*args, documents, band.bands(sizes)[name], torch.float32 if chosen else q.dtype)
         if chosen:
             picked.backward(*args, dq, dk, dv, saved[6], documents, sizes)
         grads[name] = dk.to(q.dtype), dv.to(q.dtype)

@@ -1,0 +1,275 @@
+"""The gradients of `nsa.band`: of queries by all branches at once, of keys and values branch by branch."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from configs.schema import Attention
+from nsa.band import FAR, Band, beyond, branches, edges, lowest
+from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, locate, precision, stretches
+
+# By bytes of an element; those for 16 bits were timed on an H200.
+QUERIES = {2: Launch(64, 64, 4, 3), 4: Launch(64, 16, 4, 2)}
+KEYS = {2: Launch(64, 128, 8, 3), 4: Launch(32, 32, 4, 1)}
+
+
+@triton.jit
+def _queries_step(
+    acc1, acc2, q, q2, do, shift, delta, k, k_rest, v, base, k_at, v_at, begin, end, low, high, scale,
+    E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Adds dS K of the keys [begin, end) to the gradient of rows q."""
+    column = tl.arange(0, BN)
+    for j in tl.range(begin, end, BN):
+        k1 = k.load([base + j, k_at])
+        s = tl.dot(q, k1.T, input_precision=EXACT)
+        if E2 > 0:
+            k2 = k_rest.load([base + j, k_at + E])
+            s = tl.dot(q2, k2.T, s, input_precision=EXACT)
+        values = v.load([base + j, v_at])
+        dp = tl.dot(do, values.T, input_precision=EXACT)
+        p = tl.exp2(s * scale - shift[:, None])
+        if MASK:
+            seen = ((j + column)[None, :] >= low[:, None]) & ((j + column)[None, :] < high[:, None])
+            p = tl.where(seen, p, 0.0)
+        ds = (p * (dp - delta[:, None])).to(k1.dtype)
+        acc1 = tl.dot(ds, k1, acc1, input_precision=EXACT)
+        if E2 > 0:
+            acc2 = tl.dot(ds, k2, acc2, input_precision=EXACT)
+    return acc1, acc2
+
+
+@triton.jit
+def _queries_band(
+    acc1, acc2, q, q2, do, shift, delta, k, k_rest, v, base, k_at, v_at, start, place, length, room, group, scale,
+    G: tl.constexpr, GS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Adds what one branch sends to a tile of queries."""
+    row = tl.arange(0, BQ * G)
+    t, head = place + row // G, group * G + row % G
+    there = t < length
+    at = (head // GS * room + start + t) * GS + head % GS
+    off = tl.load(shift + at, mask=there, other=float("inf"))
+    drop = tl.load(delta + at, mask=there, other=0.0)
+    low, high = lowest(t, A, N), beyond(t, L, D)
+    first, left, inner, end = edges(place, tl.minimum(place + BQ, length) - 1, BN, L, D, A, N)
+    if N < FAR:
+        acc1, acc2 = _queries_step(
+            acc1, acc2, q, q2, do, off, drop, k, k_rest, v, base, k_at, v_at, first, left, low, high, scale,
+            E, E2, F, BN, True, EXACT,
+        )  # fmt: skip
+    acc1, acc2 = _queries_step(
+        acc1, acc2, q, q2, do, off, drop, k, k_rest, v, base, k_at, v_at, left, inner, low, high, scale,
+        E, E2, F, BN, False, EXACT,
+    )  # fmt: skip
+    acc1, acc2 = _queries_step(
+        acc1, acc2, q, q2, do, off, drop, k, k_rest, v, base, k_at, v_at, inner, end, low, high, scale,
+        E, E2, F, BN, True, EXACT,
+    )  # fmt: skip
+    return acc1, acc2
+
+
+@triton.jit(do_not_specialize=["documents", "room"])
+def _backward_queries(
+    q, q_rest, do, dq, k1, k1_rest, v1, shift1, delta1, k2, k2_rest, v2, shift2, delta2,
+    k3, k3_rest, v3, shift3, delta3, tokens, blocks, documents, scale, k1_h, v1_h, k2_h, v2_h, k3_h, v3_h, room, heads,
+    G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    CMP: tl.constexpr, SLC: tl.constexpr, WIN: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, LOCAL: tl.constexpr, W: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    tile, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    document, start, length, place = locate(tile, tokens, documents, BQ)
+    if place >= length:
+        return
+    q1 = q.load([start + place, group * G, 0]).reshape(BQ * G, E)
+    q2 = q1
+    if E2 > 0:
+        q2 = q_rest.load([start + place, group * G, E]).reshape(BQ * G, E2)
+    g_out = do.load([start + place, group * G, 0]).reshape(BQ * G, F)
+    acc1, acc2 = tl.zeros([BQ * G, E], tl.float32), tl.zeros([BQ * G, E2 if E2 > 0 else 1], tl.float32)
+    if CMP:
+        acc1, acc2 = _queries_band(
+            acc1, acc2, q1, q2, g_out, shift1, delta1, k1, k1_rest, v1, tl.load(blocks + document), group * k1_h,
+            group * v1_h, start, place, length, room, group, scale, G, 1, E, E2, F, L, D, 1, FAR, BQ, BN, EXACT,
+        )  # fmt: skip
+    if SLC:
+        acc1, acc2 = _queries_band(
+            acc1, acc2, q1, q2, g_out, shift2, delta2, k2, k2_rest, v2, start, group * k2_h, group * v2_h, start, place,
+            length, room, group, scale, G, G, E, E2, F, 1, 1, A, LOCAL, BQ, BN, EXACT,
+        )  # fmt: skip
+    if WIN:
+        acc1, acc2 = _queries_band(
+            acc1, acc2, q1, q2, g_out, shift3, delta3, k3, k3_rest, v3, start, group * k3_h, group * v3_h, start, place,
+            length, room, group, scale, G, G, E, E2, F, 1, 1, 1, W, BQ, BN, EXACT,
+        )  # fmt: skip
+    row = tl.arange(0, BQ * G)
+    t, head = place + row // G, group * G + row % G
+    there = (t < length)[:, None]
+    out = (dq + ((start + t).to(tl.int64) * heads + head) * (E + E2))[:, None]
+    acc1 *= scale / 1.4426950408889634
+    tl.store(out + tl.arange(0, E)[None, :], acc1.to(dq.dtype.element_ty), mask=there)
+    if E2 > 0:
+        acc2 *= scale / 1.4426950408889634
+        tl.store(out + E + tl.arange(0, E2)[None, :], acc2.to(dq.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _keys_step(
+    dk, dk2, dv, k, k2, v, q, q_rest, do, shift, delta, at, origin, head, begin, end, limit, key, scale,
+    GS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
+    BQ: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Adds to the gradients of a tile of keys what the queries [begin, end) with GS heads each send them."""
+    row = tl.arange(0, BQ * GS)
+    steps = (end - begin + BQ - 1) // BQ
+    # Tiles of keys at work together should read a query at one time, and share it: so backwards where all begin with
+    # the document's last one; within a window, at step s those whose place is -s modulo the number of steps.
+    turn = 0
+    if N < FAR:
+        turn = (begin // BQ + steps - 1) % tl.maximum(steps, 1)
+    for step in tl.range(0, steps):
+        back = step + turn
+        if N < FAR:
+            back = tl.where(back >= steps, back - steps, back)
+        i = begin + (steps - 1 - back) * BQ
+        q1 = q.load([origin + i, head, 0]).reshape(BQ * GS, E)
+        s = tl.dot(k, q1.T, input_precision=EXACT)  # [keys, rows]
+        if E2 > 0:
+            q2 = q_rest.load([origin + i, head, E]).reshape(BQ * GS, E2)
+            s = tl.dot(k2, q2.T, s, input_precision=EXACT)
+        p = tl.exp2(s * scale - shift.load([at + i * GS])[None, :])
+        if MASK:
+            t = i + row // GS
+            high = tl.where(t < limit, beyond(t, L, D), 0)  # past the document's end are any rows, or none
+            seen = (key[:, None] >= lowest(t, A, N)[None, :]) & (key[:, None] < high[None, :])
+            p = tl.where(seen, p, 0.0)
+        g_out = do.load([origin + i, head, 0]).reshape(BQ * GS, F)
+        # In this order no product has operands computed while another runs: the compiler would serialize both.
+        dv = tl.dot(p.to(g_out.dtype), g_out, dv, input_precision=EXACT)
+        dp = tl.dot(v, g_out.T, input_precision=EXACT)
+        ds = (p * (dp - delta.load([at + i * GS])[None, :])).to(q1.dtype)
+        dk = tl.dot(ds, q1, dk, input_precision=EXACT)
+        if E2 > 0:
+            dk2 = tl.dot(ds, q2, dk2, input_precision=EXACT)
+    return dk, dk2, dv
+
+
+@triton.jit(do_not_specialize=["documents"])
+def _backward_keys(
+    q, q_rest, k, k_rest, v, do, shift, delta, dk, dv, tokens, keys, documents, scale, k_h, v_h, groups, room, part,
+    G: tl.constexpr, GS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    SPLIT: tl.constexpr = G // GS
+    group, split = tl.program_id(1) // SPLIT, tl.program_id(1) % SPLIT
+    document, first, count, place = locate(tl.program_id(0), keys, documents, BN)  # tile 0 has the most queries
+    if place >= count:
+        return
+    start = tl.load(tokens + document)
+    length = tl.load(tokens + document + 1) - start
+    key = place + tl.arange(0, BN)
+    k1 = k.load([first + place, group * k_h])
+    k2 = k1
+    dk2 = tl.zeros([BN, E2 if E2 > 0 else 1], tl.float32)
+    if E2 > 0:
+        k2 = k_rest.load([first + place, group * k_h + E])
+    v1 = v.load([first + place, group * v_h])
+    dk1, dv1 = tl.zeros([BN, E], tl.float32), tl.zeros([BN, F], tl.float32)
+    # Queries that see any of the keys, then those that see all of them.
+    last = tl.minimum(place + BN, count) - 1
+    begin, end = place * D + L - 1, length
+    begin -= (start + begin) % 4  # `gates.products` says why; what lies before the document sees none of it
+    left, inner = last * D + L - 1, length
+    if N < FAR:
+        end = tl.minimum(length, (last // A + N) * A)
+        inner = tl.minimum(length, (place // A + N) * A)
+    left = tl.minimum(begin + (left - begin + BQ - 1) // BQ * BQ, end)
+    inner = tl.maximum(left, left + (inner - left) // BQ * BQ)
+    head = group * G + split * GS
+    at = (head // GS * room + start) * GS  # where the numbers of the document's first token are
+    # Rows of keys past the last one hold what nobody stores.
+    dk1, dk2, dv1 = _keys_step(
+        dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, shift, delta, at, start, head, inner, end, end, key,
+        scale, GS, E, E2, F, L, D, A, N, BQ, True, EXACT,
+    )  # fmt: skip
+    dk1, dk2, dv1 = _keys_step(
+        dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, shift, delta, at, start, head, left, inner, end, key,
+        scale, GS, E, E2, F, L, D, A, N, BQ, False, EXACT,
+    )  # fmt: skip
+    dk1, dk2, dv1 = _keys_step(
+        dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, shift, delta, at, start, head, begin, left, end, key,
+        scale, GS, E, E2, F, L, D, A, N, BQ, True, EXACT,
+    )  # fmt: skip
+    there = (key < count)[:, None]
+    at_k = (first + key).to(tl.int64) * groups + group
+    out = (dk + split * part + at_k * (E + E2))[:, None]
+    tl.store(out + tl.arange(0, E)[None, :], (dk1 * (scale / 1.4426950408889634)).to(dk.dtype.element_ty), mask=there)
+    if E2 > 0:
+        dk2 = (dk2 * (scale / 1.4426950408889634)).to(dk.dtype.element_ty)
+        tl.store(out + E + tl.arange(0, E2)[None, :], dk2, mask=there)
+    out = (dv + split * (part // (E + E2) * F) + at_k * F)[:, None]
+    tl.store(out + tl.arange(0, F)[None, :], dv1.to(dv.dtype.element_ty), mask=there)
+
+
+def queries(
+    q: Tensor, kv: dict[str, tuple[Tensor, Tensor]], do: Tensor, statistics: dict[str, tuple[Tensor, Tensor]],
+    documents: Documents, sizes: Attention,
+) -> Tensor:  # fmt: skip
+    """The gradient of q [n, h, dk] by all branches: of slc by the local blocks.
+
+    do [n, h, dv] is the gradient of the gated output, statistics {branch: (shift, delta)} are from `gates.products`.
+    """
+    _, heads, e = q.shape
+    if not any(len(k) for k, _ in kv.values()):
+        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    g, how = heads // next(iter(kv.values()))[0].shape[1], QUERIES[q.element_size()]
+    bq, bn, (e1, e2), dq = how.queries(g), how.columns, halves(e), q.new_empty(q.shape)
+    tensors, strides, there = branches(kv, bn, statistics)
+    _backward_queries[documents.tiles(bq), heads // g](
+        *boxes(q, bq, g), boxes(do, bq, g)[0], dq, *tensors, documents.tokens, documents.blocks, documents.count,
+        e**-0.5 * LOG2E, *strides, next(iter(statistics.values()))[0].shape[1], heads,
+        G=g, E=e1, E2=e2, F=do.shape[2], **there, L=sizes.l, D=sizes.d, A=sizes.l_slc, LOCAL=sizes.local, W=sizes.w,
+        BQ=bq, BN=bn, EXACT=precision(q), **how.options,
+    )  # fmt: skip
+    return dq
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor, band: Band) -> dict[str, int]:
+    e, e2 = halves(q.shape[2])
+    return dict(G=q.shape[1] // k.shape[1], E=e, E2=e2, F=v.shape[2], **vars(band), EXACT=precision(q))
+
+
+def _keys(documents: Documents, band: Band) -> Tensor:
+    return documents.blocks if band.keyed_by_block else documents.tokens
+
+
+def keys(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor,
+    documents: Documents, band: Band, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of k and v in `dtype`. Arguments as in `queries`.
+
+    Where blocks are keys there are too few tiles of them to fill a device: each head of a group gets its own sum.
+    """
+    m, groups, e = k.shape
+    if m == 0:
+        return torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
+    shape, how = _shape(q, k, v, band), KEYS[q.element_size()]
+    run = shift.shape[2]
+    split = shape["G"] // run
+    dk = k.new_empty(split, m, groups, e, dtype=torch.float32 if split > 1 else dtype)
+    dv = v.new_empty(split, m, groups, v.shape[2], dtype=dk.dtype)
+    bq, bn = how.queries(run), how.columns
+    _backward_keys[m // bn + documents.count, groups * split](
+        *boxes(q, bq, run), *columns(k, bn), columns(v, bn)[0], boxes(do, bq, run)[0], stretches(shift, bq * run),
+        stretches(delta, bq * run), dk, dv, documents.tokens, _keys(documents, band), documents.count,
+        e**-0.5 * LOG2E, k.stride(1), v.stride(1), groups, shift.shape[1], dk.stride(0), **shape, GS=run, BQ=bq,
+        BN=bn, **how.options,
+    )  # fmt: skip
+    return (dk[0], dv[0]) if split == 1 else (dk.sum(0).to(dtype), dv.sum(0).to(dtype))
