@@ -4,9 +4,9 @@ Rows come with labels, positions and cu_seqlens, every page compared with its ch
 threads), the best and the median of a few passes, files in the page cache; each subject runs in a process of its own.
 """
 
-import argparse
 import json
 import multiprocessing
+import pickle
 import platform
 import sys
 import tempfile
@@ -19,8 +19,13 @@ import numpy as np
 import torch
 import webdataset
 
+from configs.schema import LongDocuments
+from data import command, documents, tokenizer
+from data.documents import Odd, Portion, Span, find
 from data.loader import Loader
+from data.prepare import encode
 from data.shards import ShardEntry, write_manifest, write_shard
+from data.spill import Runs
 
 END = 50256
 TOKENIZER = {"name": "synthetic", "fingerprint": "synthetic", "vocab_size": END + 1, "end": END, "ranks": None}
@@ -64,12 +69,12 @@ def rates(work: Callable[[], int], passes: int) -> tuple[float, float]:
     return max(found), sorted(found)[len(found) // 2]
 
 
-def loader_rates(directory: str, seq_len: int, passes: int) -> dict[str, Any]:
+def loader_rates(directory: str, seq_len: int, how: LongDocuments, passes: int) -> dict[str, Any]:
     """An epoch from a loader that has read nothing yet, again for each pass."""
     batch = max(1, 65536 // seq_len)
 
     def epoch() -> int:
-        loader, tokens = Loader(directory, "train", seq_len, batch, batch, seed=0), 0
+        loader, tokens = Loader(directory, "train", seq_len, batch, batch, seed=0, long_documents=how), 0
         for _ in range(loader.total // batch):
             for made in loader.next_step():
                 tokens += made.labels.numel() - made.padding
@@ -78,7 +83,7 @@ def loader_rates(directory: str, seq_len: int, passes: int) -> dict[str, Any]:
         return tokens
 
     best, median = rates(epoch, passes)
-    loader, padding = Loader(directory, "train", seq_len, 1, 1, seed=0), 0
+    loader, padding = Loader(directory, "train", seq_len, 1, 1, seed=0, long_documents=how), 0
     for _ in range(loader.total):
         padding += loader.next_step()[0].padding
     return {"best": best, "median": median, "padding": padding / (loader.total * seq_len)}
@@ -110,6 +115,33 @@ def webdataset_rates(directory: str, passes: int) -> dict[str, Any]:
 
     best, median = rates(read, passes)
     return {"best": best, "median": median}
+
+
+def tokenizing(directory: str, passes: int) -> dict[str, Any]:
+    """A .jsonl file to tokens on disk, as a worker and the main process do it; and tiktoken on the same lines."""
+    path, ranks = Path(directory, "text.jsonl"), Path(directory, "ranks.tiktoken")
+    sources = [Span(p, 0, p.stat().st_size) for p in find(["stdlib"], "*", 16 << 20)]
+    texts = [t for t, _ in documents.texts(Portion(parts=sources), "", Odd())]
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    tokenizer.save(tokenizer.train(texts, 8192), ranks)
+    encoding, portions = tokenizer.load("", str(ranks)), list(documents.portions([path], "text"))
+    options = {"tokenizer": "", "field": "text", "seed": 0}
+
+    def ours() -> int:
+        parts = [pickle.loads(pickle.dumps(encode(options, str(ranks), "uint16", p)[0])) for p in portions]
+        with tempfile.TemporaryDirectory(dir=directory) as folder:
+            Runs(Path(folder), "uint16").write(parts, {})
+        return sum(len(p.tokens) for p in parts)
+
+    def bare() -> int:
+        with open(path, "rb") as lines:
+            return sum(len(encoding.encode_ordinary(json.loads(line)["text"])) for line in lines)
+
+    out: dict[str, Any] = {}
+    for name, work in (("ours", ours), ("tiktoken", bare)):
+        work()
+        out[name] = rates(work, passes)[0]
+    return out
 
 
 def start_and_restore(directory: str) -> dict[str, Any]:
@@ -155,7 +187,9 @@ def measure(tokens: int, shard_tokens: int, passes: int, folder: str | None) -> 
         out: dict[str, Any] = {"raw read": alone(raw_rates, str(small), passes)}
         out["webdataset, a document a sample"] = alone(webdataset_rates, str(small), 1)
         for seq_len in (1024, 4096, 16384, 65536):
-            out[f"rows of {seq_len}"] = alone(loader_rates, str(small), seq_len, passes)
+            out[f"rows of {seq_len}"] = alone(loader_rates, str(small), seq_len, LongDocuments.carry, passes)
+        out["rows of 4096, long documents cut"] = alone(loader_rates, str(small), 4096, LongDocuments.cut, passes)
+        out["tokenizing"] = alone(tokenizing, temporary, passes)
         out["100,000 shards"] = alone(start_and_restore, str(large))
     versions = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
     return {**out, "environment": {**versions, "webdataset": webdataset.__version__, "machine": platform.machine()}}
@@ -167,6 +201,8 @@ def show(figures: dict[str, Any]) -> None:
         if "best" in f:
             padding = f"  padding {100 * f['padding']:.3f}%" if "padding" in f else ""
             print(f"{name:34} {f['best'] / 1e6:8.1f} M tokens/CPU-s  (median {f['median'] / 1e6:.1f}){padding}")
+    own, bare = figures["tokenizing"]["ours"], figures["tokenizing"]["tiktoken"]
+    print(f"{'tokenizing .jsonl to disk':34} {own / 1e6:8.2f} M tokens/CPU-s, {own / bare:.0%} of tiktoken alone")
     large = figures["100,000 shards"]
     restores = "; ".join(f"{large[f'restore_{step}']:.3f} s" for step in (1, FAR, 10**9))
     mib = [f"{large[key] / 2**20:.0f} MiB" for key in ("memory", "peak", "imports")]
@@ -177,18 +213,21 @@ def show(figures: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
-    parser = argparse.ArgumentParser(prog="python -m data.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=64 << 20, help="of the synthetic corpus")
-    parser.add_argument("--shard-tokens", type=int, default=8 << 20, help="of its shards")
-    parser.add_argument("--passes", type=int, default=3, help="over each subject")
-    parser.add_argument("--directory", help="where to make the corpus (default: the system's temporary one)")
-    parser.add_argument("--json", help="write the figures there")
-    args = parser.parse_args(argv)
-    figures = measure(args.tokens, args.shard_tokens, args.passes, args.directory)
-    show(figures)
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
-    return 0
+    p, number = command.options("python -m data.bench", __doc__), command.number
+    p.add_argument("--tokens", type=number(int, 1), default=64 << 20, help="of the synthetic corpus")
+    p.add_argument("--shard-tokens", type=number(int, 1000), default=8 << 20, help="of its shards")
+    p.add_argument("--passes", type=number(int, 1), default=3, help="over each subject")
+    p.add_argument("--directory", help="where to make the corpus (default: the system's temporary one)")
+    p.add_argument("--json", help="write the figures there")
+
+    def work() -> None:
+        args = p.parse_args(argv)
+        figures = measure(args.tokens, args.shard_tokens, args.passes, args.directory)
+        show(figures)
+        if args.json:
+            Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+
+    return command.run(work)
 
 
 if __name__ == "__main__":

@@ -29,15 +29,32 @@ class Index:
     blocks: np.ndarray  # int64 [samples, 4]: place and bytes of tok.bin, place and bytes of doc.bin
     checksums: np.ndarray  # uint32 [pages]: crc32 of PAGE bytes each
 
+    def sample(self, page: int) -> int:
+        """The first sample that a page holds something of (its header, or those after it)."""
+        ends = self.blocks[:, [0, 2]].max(axis=1) + self.blocks[:, [1, 3]].max(axis=1)
+        return min(int(np.searchsorted(ends, page * PAGE, "right")), len(ends) - 1)
+
+    def first_fault(self, checksums: np.ndarray) -> int:
+        """The first sample of a file with these checksums that differs from what this says."""
+        same = min(len(checksums), len(self.checksums))
+        differ = np.flatnonzero(checksums[:same] != self.checksums[:same])
+        return self.sample(int(differ[0]) if len(differ) else same)
+
 
 def build(path: Path) -> Index:
     """Read a shard once. Raises IndexFault, OSError."""
+    digest, checksums = hashes(path)
+    return Index(digest, _blocks(path), checksums)
+
+
+def hashes(path: Path) -> tuple[str, np.ndarray]:
+    """sha256 of a file, and checksums of its pages. Raises OSError."""
     digest, checksums = hashlib.sha256(), []
     with open(path, "rb") as f:
         while page := f.read(PAGE):
             digest.update(page)
             checksums.append(zlib.crc32(page))
-    return Index(digest.hexdigest(), _blocks(path), np.array(checksums, "<u4"))
+    return digest.hexdigest(), np.array(checksums, "<u4")
 
 
 def _blocks(path: Path) -> np.ndarray:

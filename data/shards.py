@@ -178,7 +178,10 @@ def parse_manifest(raw: bytes, directory: Path | str) -> Manifest:
     """A manifest from its text; `directory` (or an address) is where it lies. Raises DataError."""
     where = f"{directory}/manifest.json"
     try:
-        content = json.loads(raw)
+        text = raw.decode()
+        del raw  # of 100,000 shards it is 15 MB
+        content = json.loads(text)
+        del text
         if content["version"] != VERSION:
             raise DataError("manifest", where, f"has version {content['version']}", "prepare the data again")
         splits = {name: Entries(shards) for name, shards in content["splits"].items()}
@@ -219,8 +222,13 @@ class Shard:
         self.path, self.entry = Path(directory, file or entry.path), entry
         self.name = name or str(self.path)
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self._check_size()
-        self.index = self._index(verify)
+        try:
+            self._file = os.open(self.path, os.O_RDONLY)
+            self.index = self._index(verify)
+        except FileNotFoundError as e:
+            raise self._damaged(f"is missing, with samples 0 to {entry.samples - 1}") from e
+        except OSError as e:
+            raise self._damaged(f"cannot be read ({e.strerror})") from e
         self.offsets = np.concatenate(([0], np.cumsum(self.index.blocks[:, 1]))) // self.dtype.itemsize
         found = len(self.index.blocks), int(self.index.blocks[:, 3].sum()) // 4, int(self.offsets[-1])
         listed = (entry.samples, entry.documents, entry.tokens)
@@ -229,7 +237,6 @@ class Shard:
         self._begins, self._table = self.offsets.tolist(), self.index.blocks.tolist()
         self._good = bytearray(len(self.index.checksums))  # pages that were compared
         self._starts: dict[int, np.ndarray] = {}
-        self._file = os.open(self.path, os.O_RDONLY)
 
     def __del__(self):
         if hasattr(self, "_file"):
@@ -292,7 +299,7 @@ class Shard:
         for page in range(first, last):
             at = (page - first) * PAGE
             if not self._good[page] and zlib.crc32(data[at : at + PAGE]) != self.index.checksums[page]:
-                raise self._damaged(f"sample {self._sample(page)} does not match its checksum{self._html()}")
+                raise self._damaged(f"sample {self.index.sample(page)} does not match its checksum{self._html()}")
             self._good[page] = 1
         return data[place - first * PAGE :][:size]
 
@@ -302,29 +309,19 @@ class Shard:
         except OSError as e:
             raise self._damaged(f"cannot be read at byte {place} ({e.strerror})") from e
         if len(data) != size:
-            raise self._damaged(f"ends at byte {place + len(data)}, before sample {self._sample(place // PAGE)} does")
+            end = place + len(data)
+            raise self._damaged(f"ends at byte {end}, before sample {self.index.sample(end // PAGE)} does")
         return data
 
-    def _sample(self, page: int) -> int:
-        """The first sample that a page holds something of (its header, or those after it)."""
-        ends = self.index.blocks[:, [0, 2]].max(axis=1) + self.index.blocks[:, [1, 3]].max(axis=1)
-        return min(int(np.searchsorted(ends, page * PAGE, "right")), len(ends) - 1)
-
-    def _check_size(self) -> None:
-        try:
-            size = self.path.stat().st_size
-        except OSError as e:
-            raise self._damaged("is missing") from e
-        if size != self.entry.bytes:
-            raise self._damaged(f"has {size} bytes instead of {self.entry.bytes}")
-
     def _index(self, verify: bool) -> Index:
-        """The one beside the shard, or one made now, where the hash of the whole is compared."""
-        found = None if verify else index.read(self.path, self.entry.sha256)
-        if found is not None:
-            return found
+        """The one beside the shard, or one made now, where the hash of the whole is compared. Raises OSError."""
+        size, known = os.fstat(self._file).st_size, index.read(self.path, self.entry.sha256)
+        if size != self.entry.bytes:
+            raise self._damaged(f"has {size} bytes instead of {self.entry.bytes}{self._first_fault(known)}")
+        if known and not verify:
+            return known
         if sha256(self.path) != self.entry.sha256:
-            raise self._damaged(f"does not match its hash{self._html()}")
+            raise self._damaged(f"does not match its hash{self._first_fault(known)}")
         try:
             made = index.build(self.path)
         except index.IndexFault as e:
@@ -332,6 +329,11 @@ class Shard:
         with suppress(OSError):  # of a directory that is read only: it is made again each time
             index.write(made, self.path)
         return made
+
+    def _first_fault(self, known: Index | None) -> str:
+        """Where a whole file begins to differ, if its index is there to tell."""
+        where = f", sample {known.first_fault(index.hashes(self.path)[1])} is the first that differs" if known else ""
+        return where + self._html()
 
     def _html(self) -> str:
         """What a server that fails puts in place of a file is worth a word."""

@@ -108,13 +108,12 @@ class Source:
 
 def _manifest(store: Store) -> Manifest:
     try:
-        raw = store.read("manifest.json")
+        return parse_manifest(store.read("manifest.json"), store.where)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise no_manifest(store.where) from e
     except OSError as e:
         where, why = f"{store.where}/manifest.json", f"not readable ({type(e).__name__} {e})"
         raise DataError("manifest", where, why, "make it readable") from e
-    return parse_manifest(raw, store.where)
 
 
 def background(work: Callable[[], Any], turn: AbstractContextManager) -> Future:

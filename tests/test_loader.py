@@ -318,6 +318,49 @@ def damage(numbered: list[str], tmp_path: Path, at: float) -> str:
     return str(data)
 
 
+def zeroed(raw: bytes) -> bytes:
+    return raw[:1024] + b"\0" * 1024 + raw[2048:]
+
+
+DAMAGE = {  # what a shard becomes, and what the line says of it
+    "flipped": (lambda raw: raw[:2000] + bytes([raw[2000] ^ 8]) + raw[2001:], "sample 0 does not match its checksum"),
+    "cut short": (lambda raw: raw[:1700], "bytes instead of"),
+    "cut at a member": (lambda raw: raw[:1024], "bytes instead of"),
+    "empty": (lambda raw: b"", "bytes instead of"),
+    "zeroed": (zeroed, "sample 0 does not match its checksum"),
+    "html": (lambda raw: b"<html>503 Service Unavailable</html>", "(it is HTML)"),
+    "html as long": (lambda raw: b"<html>".ljust(len(raw)), "(it is HTML)"),
+    "missing": (lambda raw: None, "is missing, with samples 0 to 0"),
+}
+
+
+@pytest.mark.parametrize("index", ["with", "without"])
+@pytest.mark.parametrize("kind", list(DAMAGE))
+def test_every_damage_stops_with_a_line_or_is_skipped_and_counted(numbered, tmp_path, kind, index):
+    data = Path(shutil.copytree(numbered[0], tmp_path / "damaged"))
+    path = data / max(read_manifest(data).splits["train"], key=lambda e: e.tokens).path
+    spoilt, says = DAMAGE[kind][0](path.read_bytes()), DAMAGE[kind][1]
+    path.unlink() if spoilt is None else path.write_bytes(spoilt)
+    if index == "without":
+        path.with_suffix(".idx").unlink()
+        says = says.replace("sample 0 does not match its checksum", "does not match its hash")
+    with pytest.raises(DataError) as e:
+        everything_of(loader(str(data), global_batch=1))
+    assert e.value.code == 65
+    assert path.name in str(e.value)
+    assert says in str(e.value)
+    whole = loader(numbered[0])
+    ranks = [loader(str(data), r, 2, on_bad_shard=OnBadShard.skip) for r in range(2)]
+    skipped = 0
+    for _ in range(whole.total // 8):
+        expected, parts = rows(whole.next_step()), [r.next_step() for r in ranks]
+        assert [len(batches) for batches in parts] == [4, 4], "ranks have as many batches as without damage"
+        changed = sum(a != b for a, b in zip(expected, rows([b for batches in parts for b in batches])))
+        assert changed == sum(len(r.damaged) for r in ranks)
+        skipped += changed
+    assert skipped == sum(r.skipped for r in ranks) > 0
+
+
 def test_damage_stops_with_shard_and_sample(numbered, tmp_path):
     made = loader(damage(numbered, tmp_path, 0.3), global_batch=1)
     with pytest.raises(DataError, match=r"shard .*train-0000\d\d.tar: sample 0 does not match its checksum"):

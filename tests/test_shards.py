@@ -1,7 +1,11 @@
 """Shards: what is written is read, by WebDataset too, and damage is named."""
 
+import io
 import json
+import os
+import pickle
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,7 @@ import webdataset
 
 from configs.errors import DataError
 from data.loader import Loader
-from data.shards import Shard, read_manifest, write_shard
+from data.shards import Shard, ShardEntry, read_manifest, sha256, write_shard
 
 
 @pytest.fixture
@@ -61,7 +65,7 @@ def test_a_large_vocabulary_needs_four_bytes(tmp_path):
 def test_a_short_shard(data, cut):
     path = first(data)
     path.write_bytes(path.read_bytes()[:-cut])
-    fails(data, str(path), "bytes instead of")
+    fails(data, str(path), "bytes instead of", "sample 0 is the first that differs")
 
 
 def test_a_flipped_bit(data):
@@ -69,23 +73,74 @@ def test_a_flipped_bit(data):
     raw = bytearray(path.read_bytes())
     raw[2000] ^= 4
     path.write_bytes(raw)
-    fails(data, str(path), "does not match its hash")
+    fails(data, str(path), "does not match its hash, sample 0 is the first that differs")
 
 
 def test_a_missing_shard(data):
     path = first(data)
     path.unlink()
-    fails(data, str(path), "is missing")
+    fails(data, str(path), "is missing, with samples 0 to 0")
 
 
 def test_html_instead_of_a_shard(data):
     path = first(data)
     size = path.stat().st_size
     path.write_bytes(b"<html>503 Service Unavailable</html>".ljust(size))
-    fails(data, str(path), "hash (it is HTML)")
+    fails(data, str(path), "hash, sample 0 is the first that differs (it is HTML)")
     manifest = read_manifest(data)
     with pytest.raises(DataError, match=r"sample 0 does not match its checksum \(it is HTML\)"):
         Shard(data, manifest.splits["train"][0], manifest.dtype).read(0, 1)
+
+
+@pytest.mark.parametrize("how", ["flip", "cut"])
+def test_the_sample_that_is_damaged_is_named(tmp_path, how):
+    """Of blocks that are larger than a page."""
+    documents = [np.full(50_000, i) for i in range(30)]
+    entry = write_shard(tmp_path / "a.tar", documents, "uint32")
+    assert entry.samples == 5
+    raw = bytearray((tmp_path / "a.tar").read_bytes())
+    place = Shard(tmp_path, entry, "uint32").index.blocks[3, 0] + 500_000
+    raw[place] ^= 1
+    (tmp_path / "a.tar").write_bytes(raw if how == "flip" else raw[:place])
+    with pytest.raises(DataError, match=r"a.tar: .*sample 3 is the first that differs"):
+        Shard(tmp_path, entry, "uint32", verify=True)
+    if how == "flip":
+        made = Shard(tmp_path, entry, "uint32")
+        assert len(made.read(0, 700_000)) == 700_000
+        with pytest.raises(DataError, match=r"a.tar: sample 3 does not match its checksum"):
+            made.read(0, len(made))
+
+
+def test_a_file_that_is_cut_short_or_replaced_while_it_is_read(tmp_path):
+    entry = write_shard(tmp_path / "a.tar", [np.full(90_000, i) for i in range(30)], "uint32")
+    made = Shard(tmp_path, entry, "uint32")
+    os.truncate(tmp_path / "a.tar", 3_000_000)
+    with pytest.raises(DataError, match=r"a.tar: ends at byte 3000000, before sample 2 does"):
+        made.read(0, len(made))
+
+
+def test_hostile_members_are_neither_written_nor_run(tmp_path):
+    """A shard whose hash is right, and whose members would leave the directory or run code if they were unpacked."""
+    ran = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {ran}",)
+
+    (tmp_path / "data").mkdir()
+    with tarfile.open(tmp_path / "data" / "a.tar", "w") as tar:
+        for name in ("../../evil.tok.bin", "/tmp/evil.doc.bin", "s-0.pyd", "s-0.pkl", "s-0.tok.bin"):
+            member, body = tarfile.TarInfo(name), pickle.dumps(Payload())
+            member.size = len(body)
+            tar.addfile(member, io.BytesIO(body))
+        link = tarfile.TarInfo("s-0.doc.bin")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    digest, size = sha256(tmp_path / "data" / "a.tar"), (tmp_path / "data" / "a.tar").stat().st_size
+    entry = ShardEntry("a.tar", size, digest, 1, 1, 10)
+    with pytest.raises(DataError, match=r"a.tar: sample  ?lacks its tok.bin or doc.bin"):
+        Shard(tmp_path / "data", entry, "uint16")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.tar", "data"]
 
 
 def test_counts_that_differ_from_the_manifest(data):
