@@ -66,18 +66,23 @@ def beyond(t, L: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc, total, peak, q, q2, k, k_rest, v, base, k_at, v_at, begin, end, low, high, scale,
+    acc, total, peak, q, q2, k, k_rest, v, base, k_at, v_at, sinks, first, lefts, inner, count, low, high, far, scale,
     E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of the rows q over the keys [begin, end), a tile of BN at a time."""
+    """Online softmax of the rows q over `count` tiles of BN keys; see `tile_at` for where they are.
+
+    A row sees the keys [low, high), and of the first `sinks` tiles those before `far`.
+    """
     column = tl.arange(0, BN)
-    for j in tl.range(begin, end, BN):
+    for i in tl.range(0, count):
+        j = tile_at(i, sinks, first, lefts, inner, BN)
         k1 = k.load([base + j, k_at])
         s = tl.dot(q, k1.T, input_precision=EXACT)
         if E2 > 0:
             s = tl.dot(q2, k_rest.load([base + j, k_at + E]).T, s, input_precision=EXACT)
         if MASK:
-            seen = ((j + column)[None, :] >= low[:, None]) & ((j + column)[None, :] < high[:, None])
+            begin, end = tl.where(i < sinks, 0, low), tl.where(i < sinks, far, high)
+            seen = ((j + column)[None, :] >= begin[:, None]) & ((j + column)[None, :] < end[:, None])
             s = tl.where(seen, s, float("-inf"))
             top = tl.maximum(peak, tl.max(s, 1) * scale)
             ground = tl.where(top == float("-inf"), 0.0, top)
@@ -94,12 +99,26 @@ def _attend(
 
 
 @triton.jit
+def tile_at(i, sinks, first, lefts, inner, BN: tl.constexpr):
+    """The first key of tile i, where tiles come from three places: the start, the band's left edge, and `inner` on."""
+    at = tl.where(i < sinks + lefts, first + (i - sinks) * BN, inner + (i - sinks - lefts) * BN)
+    return tl.where(i < sinks, i * BN, at)
+
+
+@triton.jit
 def edges(place, last, BN: tl.constexpr, L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr):
-    """Keys that queries [place, last] see: first, end of the left edge, end of those all see, end; in tiles of BN."""
+    """Tiles of BN keys for queries [place, last]: the first key, tiles on the left that not all see, the first key
+    after them, tiles that all see, the first key after these, tiles on the right.
+
+    A short band is all edge: to start another loop takes longer than its masks do.
+    """
     first, end = lowest(place, A, N), beyond(last, L, D)
     left = tl.minimum(first + (lowest(last, A, N) - first + BN - 1) // BN * BN, end)
-    inner = tl.maximum(left, left + (beyond(place, L, D) - left) // BN * BN)
-    return first, left, inner, end
+    whole = tl.maximum((beyond(place, L, D) - left) // BN, 0)
+    if N * A <= 4 * BN:
+        whole = 0
+    inner = left + whole * BN
+    return first, (left - first + BN - 1) // BN, left, whole, inner, tl.maximum(end - inner + BN - 1, 0) // BN
 
 
 @triton.jit
@@ -114,27 +133,19 @@ def _band(
     t, head = place + row // G, group * G + row % G
     low, high = lowest(t, A, N), beyond(t, L, D)
     last = tl.minimum(place + BQ, length) - 1
-    first, left, inner, end = edges(place, last, BN, L, D, A, N)
+    first, lefts, left, whole, inner, rights = edges(place, last, BN, L, D, A, N)
+    sinks = (tl.minimum(lowest(last, A, N), SINK) + BN - 1) // BN
     acc = tl.zeros([BQ * G, F], tl.float32)
     total = tl.zeros([BQ * G], tl.float32)
     peak = total - float("inf")
-    if SINK > 0:
+    if N * A > 4 * BN:
         acc, total, peak = _attend(
-            acc, total, peak, q, q2, k, k_rest, v, base, k_at, v_at, 0, tl.minimum(lowest(last, A, N), SINK), low * 0,
-            tl.minimum(low, SINK), scale, E, E2, F, BN, True, EXACT,
-        )  # fmt: skip
-    if N < FAR:
-        acc, total, peak = _attend(
-            acc, total, peak, q, q2, k, k_rest, v, base, k_at, v_at, first, left, low, high, scale,
-            E, E2, F, BN, True, EXACT,
+            acc, total, peak, q, q2, k, k_rest, v, base, k_at, v_at, 0, left, 0, left, whole, low, high, low, scale,
+            E, E2, F, BN, False, EXACT,
         )  # fmt: skip
     acc, total, peak = _attend(
-        acc, total, peak, q, q2, k, k_rest, v, base, k_at, v_at, left, inner, low, high, scale,
-        E, E2, F, BN, False, EXACT,
-    )  # fmt: skip
-    acc, total, peak = _attend(
-        acc, total, peak, q, q2, k, k_rest, v, base, k_at, v_at, inner, end, low, high, scale,
-        E, E2, F, BN, True, EXACT,
+        acc, total, peak, q, q2, k, k_rest, v, base, k_at, v_at, sinks, first, lefts, inner, sinks + lefts + rights,
+        low, high, tl.minimum(low, SINK), scale, E, E2, F, BN, True, EXACT,
     )  # fmt: skip
     some, there = total > 0, t < length
     acc = acc * (1.0 / tl.where(some, total, 1.0))[:, None]

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from configs.schema import Attention
-from nsa.band import FAR, Band, beyond, branches, edges, lowest
+from nsa.band import FAR, Band, beyond, branches, edges, lowest, tile_at
 from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, locate, precision, stretches
 
 # By bytes of an element; those for 16 bits were timed on an H200.
@@ -16,12 +16,13 @@ KEYS = {2: Launch(64, 128, 8, 3), 4: Launch(32, 32, 4, 1)}
 
 @triton.jit
 def _queries_step(
-    acc1, acc2, q, q2, do, shift, delta, k, k_rest, v, base, k_at, v_at, begin, end, low, high, scale,
+    acc1, acc2, q, q2, do, shift, delta, k, k_rest, v, base, k_at, v_at, first, lefts, inner, count, low, high, scale,
     E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Adds dS K of the keys [begin, end) to the gradient of rows q."""
+    """Adds dS K of `count` tiles of keys to the gradient of rows q."""
     column = tl.arange(0, BN)
-    for j in tl.range(begin, end, BN):
+    for i in tl.range(0, count):
+        j = tile_at(i, 0, first, lefts, inner, BN)
         k1 = k.load([base + j, k_at])
         s = tl.dot(q, k1.T, input_precision=EXACT)
         if E2 > 0:
@@ -55,19 +56,16 @@ def _queries_band(
     off = tl.load(shift + at, mask=there, other=float("inf"))
     drop = tl.load(delta + at, mask=there, other=0.0)
     low, high = lowest(t, A, N), beyond(t, L, D)
-    first, left, inner, end = edges(place, tl.minimum(place + BQ, length) - 1, BN, L, D, A, N)
-    if N < FAR:
+    last = tl.minimum(place + BQ, length) - 1
+    first, lefts, left, whole, inner, rights = edges(place, last, BN, L, D, A, N)
+    if N * A > 4 * BN:
         acc1, acc2 = _queries_step(
-            acc1, acc2, q, q2, do, off, drop, k, k_rest, v, base, k_at, v_at, first, left, low, high, scale,
-            E, E2, F, BN, True, EXACT,
+            acc1, acc2, q, q2, do, off, drop, k, k_rest, v, base, k_at, v_at, left, 0, left, whole, low, high, scale,
+            E, E2, F, BN, False, EXACT,
         )  # fmt: skip
     acc1, acc2 = _queries_step(
-        acc1, acc2, q, q2, do, off, drop, k, k_rest, v, base, k_at, v_at, left, inner, low, high, scale,
-        E, E2, F, BN, False, EXACT,
-    )  # fmt: skip
-    acc1, acc2 = _queries_step(
-        acc1, acc2, q, q2, do, off, drop, k, k_rest, v, base, k_at, v_at, inner, end, low, high, scale,
-        E, E2, F, BN, True, EXACT,
+        acc1, acc2, q, q2, do, off, drop, k, k_rest, v, base, k_at, v_at, first, lefts, inner, lefts + rights, low,
+        high, scale, E, E2, F, BN, True, EXACT,
     )  # fmt: skip
     return acc1, acc2
 
