@@ -1,0 +1,95 @@
+"""The kernels of one forward and backward, each alone on the tensors that it gets in the whole: for the benchmark."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import nsa
+from configs.schema import Attention
+from nsa import band, band_backward, gates, picked, score, tiles
+from nsa.core import NSACore
+
+
+@contextlib.contextmanager
+def held(cu_seqlens: Tensor, sizes: Attention) -> Iterator[tiles.Documents]:
+    """Here the kernels find these documents on the device, where they else copy their tables there in each call.
+
+    A CUDA graph would repeat that copy from host memory that is another's by then.
+    """
+    documents = tiles.Documents.of(cu_seqlens, sizes, torch.device("cuda"))
+    with mock.patch.object(tiles.Documents, "of", return_value=documents):
+        yield documents
+
+
+Calls = dict[str, Callable[[], object]]
+
+
+def parts(
+    core: NSACore, x: dict[str, Tensor], do: Tensor, documents: nsa.Documents, found: tiles.Documents
+) -> tuple[dict[str, Calls], float]:
+    """The launches of forward ("fwd") and backward ("bwd") by name, and pieces of them alone ("of these").
+
+    Also how many of a query's chosen blocks its neighbour chose too. x holds q, gates, and k and v of cmp, slc and win
+    as the projections give them; do [n, h, dv].
+    """
+    a, q, branch_gates = core.sizes, x["q"].detach(), x["gates"].detach()
+    blocks, same = documents.blocks(a.l, a.d), lambda weight: weight
+
+    def compress() -> tuple[Tensor, Tensor]:
+        return core.phi_k(x["k_cmp"], blocks, same, True), core.phi_v(x["v_cmp"], blocks, same, True)
+
+    compressed = compress()
+    kv = {"cmp": tuple(t.detach() for t in compressed)}
+    kv |= {name: (x[f"k_{name}"].detach(), x[f"v_{name}"].detach()) for name in ("slc", "win")}
+    bands, out = band.bands(a), band.forward(q, kv, found, a)
+    outputs, lses = {name: o for name, (o, _) in out.items()}, [lse for _, lse in out.values()]
+    chosen = score.choose(q, kv["cmp"][0], out["cmp"][1], found, a)
+    pick = (outputs, out["slc"][1], branch_gates, chosen, found, a)  # adds to outputs call after call, which hurts none
+    picked.forward(q, *kv["slc"], *pick)
+    _, *pairs = gates.products(do, list(outputs.values()), lses, branch_gates)
+    statistics = dict(zip(kv, zip(*pairs)))
+    dq, sums = torch.zeros_like(q), [torch.zeros_like(t, dtype=torch.float32) for t in kv["slc"]]
+    leaves, back = [x["k_cmp"], x["v_cmp"], *core.parameters()], [torch.randn_like(t) for t in compressed]
+
+    def keys(name: str) -> object:
+        dtype = torch.float32 if name == "slc" else q.dtype
+        return band_backward.keys(q, *kv[name], do, *statistics[name], found, bands[name], dtype)
+
+    def some(name: str, values: dict) -> dict:
+        return {name: values[name]}
+
+    forward: Calls = {
+        "compression": compress,
+        "compressed, near and window": lambda: band.forward(q, kv, found, a),
+        "scores and top-k": lambda: score.choose(q, kv["cmp"][0], out["cmp"][1], found, a),
+        "chosen, gates": lambda: picked.forward(q, *kv["slc"], *pick),
+    }
+    backward: Calls = {
+        "gates": lambda: gates.products(do, list(outputs.values()), lses, branch_gates),
+        "queries of compressed, near and window": lambda: band_backward.queries(q, kv, do, statistics, found, a),
+        "keys of compressed": lambda: keys("cmp"),
+        "keys of near": lambda: keys("slc"),
+        "keys of window": lambda: keys("win"),
+        "chosen": lambda: picked.backward(q, *kv["slc"], do, *statistics["slc"], dq, *sums, chosen, found, a),
+        "compression": lambda: torch.autograd.grad(compressed, leaves, back, retain_graph=True),
+    }
+    inside: Calls = {"sort": lambda: picked.sort(chosen, picked.CHUNK, found.tiles(a.l_slc))}
+    for name, label in (("cmp", "compressed"), ("slc", "near"), ("win", "window")):
+        inside |= {
+            f"{label} fwd": lambda n=name: band.forward(q, some(n, kv), found, a),
+            f"{label} queries": lambda n=name: band_backward.queries(q, some(n, kv), do, some(n, statistics), found, a),
+        }
+    return {"fwd": forward, "bwd": backward, "of these": inside}, _overlap(chosen, found.tiles(a.l_slc))
+
+
+def _overlap(chosen: Tensor, blocks: int) -> float:
+    """The share of the chosen blocks (first ones included, local ones not) that the query before chose too."""
+    real, block = chosen != score.NONE, chosen % blocks
+    found = 0
+    for ours, theirs in zip(block[1:].split(4096), block[:-1].split(4096)):
+        found = found + (ours[..., None] == theirs[..., None, :]).any(-1).sum(0)
+    # A query early in its document has fewer picks than there is room for; all of those are its neighbour's.
+    return float((found.sum() - (~real[1:]).sum()) / real[1:].sum().clamp(min=1))
