@@ -11,7 +11,8 @@ from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, locate, 
 
 # By bytes of an element; those for 16 bits were timed on an H200.
 QUERIES = {2: Launch(64, 64, 4, 3), 4: Launch(64, 16, 4, 2)}
-KEYS = {2: Launch(64, 128, 8, 3), 4: Launch(32, 32, 4, 1)}
+KEYS = {2: Launch(64, 64, 4, 2), 4: Launch(32, 32, 4, 1)}
+BLOCKS = {2: Launch(64, 128, 8, 3), 4: Launch(32, 32, 4, 1)}  # where keys are compression blocks
 
 
 @triton.jit
@@ -258,7 +259,7 @@ def keys(
     m, groups, e = k.shape
     if m == 0:
         return torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
-    shape, how = _shape(q, k, v, band), KEYS[q.element_size()]
+    shape, how = _shape(q, k, v, band), (BLOCKS if band.keyed_by_block else KEYS)[q.element_size()]
     run = shift.shape[2]
     split = shape["G"] // run
     dk = k.new_empty(split, m, groups, e, dtype=torch.float32 if split > 1 else dtype)
