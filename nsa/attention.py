@@ -54,18 +54,20 @@ def nsa_attention(
     gates: Tensor,
     cu_seqlens: Tensor,
     sizes: Attention,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """The gated sum of the branches `sizes.branches` names (arXiv 2502.11089, Eq. 5), o [n, h, dv] in q's dtype.
 
     q [n, h, dk], rotated. kv: for slc and win, where active, rotated keys [n, h_kv, dk] and values [n, h_kv, dv].
     k_cmp [m, h_kv, dk], compressed then rotated, and v_cmp [m, h_kv, dv]; v_cmp is None where the blocks only score,
     both are None where neither cmp nor slc is active. gates [n, h, branches] in the order of `sizes.branches`.
-    cu_seqlens [documents + 1] in host memory. All of one dtype, on one device. Raises ValueError for what does not fit.
+    cu_seqlens [documents + 1] in host memory, which kernels copy to the device unless they are given the `starts` of
+    `documents.Blocks`. All of one dtype, on one device. Raises ValueError for what does not fit.
     """
     tensors = _named(kv, k_cmp, v_cmp, sizes)
     _check(q, tensors, gates, cu_seqlens, sizes)
     if uses_kernels(q, _v_dim(tensors), _kv_heads(tensors), sizes):
-        return fused.nsa(q, kv, k_cmp, v_cmp, gates, cu_seqlens, sizes)  # and looks at the values of cu_seqlens
+        return fused.nsa(q, kv, k_cmp, v_cmp, gates, cu_seqlens, sizes, starts)  # and looks at the values of cu_seqlens
     check_documents(cu_seqlens, len(q))
     if "k_cmp" in tensors:
         check_blocks(k_cmp, cu_seqlens, sizes.l, sizes.d)

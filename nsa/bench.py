@@ -208,14 +208,14 @@ def middle(times: list[float]) -> dict[str, float]:
 
 def measure(shape: Shape, tokens: int, kind: str, a: Attention, full: bool) -> dict:
     """All times of one row: NSA, its parts, and full attention if `full`."""
-    from nsa.parts import held, parts  # triton, where there is a GPU
+    from nsa.parts import parts  # triton, where there is a GPU
 
     core, x = make_core(shape, a), make(shape, tokens, kind)
     documents = Documents.of(torch.tensor([0, tokens]), torch.device("cuda"))
     do = torch.randn(tokens, shape.heads, shape.v_dim, dtype=torch.bfloat16, device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), held(documents.cu_seqlens, a) as found:
+    with torch.cuda.stream(stream):
         kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in ("cmp", "slc", "win")}
         whole = lambda: core(x["q"], kv, x["gates"], documents, lambda t, _: t)  # noqa: E731
         calls = pair("NSA", whole, [*x.values(), *core.parameters()], do)
@@ -232,7 +232,7 @@ def measure(shape: Shape, tokens: int, kind: str, a: Attention, full: bool) -> d
             times[name]["eager"] = middle(eager[name])["ms"]
         del calls, whole
         gc.collect()
-        some, overlap = parts(core, x, do, documents, found)
+        some, overlap = parts(core, x, do, documents)
         alone = {
             kind: {name: middle(t)["ms"] for name, t in take(graphs(calls, stream), 2).items()}
             for kind, calls in some.items()

@@ -45,7 +45,7 @@ def compress_mean(x: Tensor, blocks: Blocks, l: int, d: int, kernels: bool) -> T
 def _block_linear(x: Tensor, w: Tensor, blocks: Blocks, l: int, d: int) -> Tensor:
     from nsa.compress import block_linear  # only where kernels run is triton sure to be there
 
-    return block_linear(x, w, blocks.first, blocks.tokens, blocks.blocks, l, d)
+    return block_linear(x, w, blocks.first, *blocks.starts, l, d)
 
 
 class NSACore(nn.Module):
@@ -75,12 +75,14 @@ class NSACore(nn.Module):
         compressed before they are rotated, and a compressed key is rotated at its block's first position. `share` is
         applied to each weight before use: heads may be spread over ranks.
         """
-        places = documents.positions
-        k_cmp, v_cmp = self._compress(q, kv, documents, rotate, share)
+        places, blocks = documents.positions, documents.blocks(self.sizes.l, self.sizes.d)
+        k_cmp, v_cmp = self._compress(q, kv, blocks, rotate, share)
         rotated = {name: (rotate(k, places), v) for name, (k, v) in kv.items() if name != "cmp"}
-        return nsa_attention(rotate(q, places), rotated, k_cmp, v_cmp, gates, documents.cu_seqlens, self.sizes)
+        return nsa_attention(
+            rotate(q, places), rotated, k_cmp, v_cmp, gates, documents.cu_seqlens, self.sizes, blocks.starts
+        )
 
-    def _compress(self, q, kv, documents, rotate, share) -> tuple[Tensor | None, Tensor | None]:
+    def _compress(self, q, kv, blocks, rotate, share) -> tuple[Tensor | None, Tensor | None]:
         """Compressed and rotated keys [m, h_kv, dk], compressed values [m, h_kv, dv]; None for what no branch needs.
 
         Without a cmp branch the blocks are scored by the mean of the keys that will be selected.
@@ -89,7 +91,7 @@ class NSACore(nn.Module):
             return None, None
         a = self.sizes
         k, v = kv["cmp" if self.compresses else "slc"]
-        blocks, kernels = documents.blocks(a.l, a.d), uses_kernels(q, v.shape[2], k.shape[1], a)
+        kernels = uses_kernels(q, v.shape[2], k.shape[1], a)
         if self.compresses and a.compression is Compression.mlp:
             k_cmp, v_cmp = self.phi_k(k, blocks, share, kernels), self.phi_v(v, blocks, share, kernels)
         else:

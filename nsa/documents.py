@@ -15,8 +15,7 @@ class Blocks:
 
     first: Tensor  # [m] int32: first token in the pack
     positions: Tensor  # [m]: place of that token in its document
-    tokens: Tensor  # [documents + 1] int32: where documents start, and the end
-    blocks: Tensor  # [documents + 1] int32: the same, counted in blocks
+    starts: Tensor  # [2, documents + 1] int32: where documents start, and the end, in tokens and in blocks
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,8 @@ class Documents:
         """The blocks of l tokens, one every d, that lie whole in a document; the first layer that asks makes them."""
         if (l, d) not in self._blocks:
             cu_blocks, first, positions = reference.block_starts(self.cu_seqlens, l, d)
-            device = self.positions.device
-            ours = (first.int(), positions, self.cu_seqlens.int(), cu_blocks.int())
-            self._blocks[l, d] = Blocks(*(_send(x, device) for x in ours))
+            ours = (first.int(), positions, torch.stack((self.cu_seqlens, cu_blocks)).int())
+            self._blocks[l, d] = Blocks(*(_send(x, self.positions.device) for x in ours))
         return self._blocks[l, d]
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from configs.schema import Attention, Branch
-from nsa import band, band_backward, gates, picked, score
-from nsa.documents import check_blocks, check_documents
-from nsa.tiles import Documents, halves, rows
+from nsa import band, band_backward, gates, picked, score, tiles
+from nsa.documents import Documents, check_blocks, check_documents
+from nsa.tiles import halves, rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read when triton is imported, by triton as well
 MOST = 64  # blocks beyond the local ones that a query can choose
@@ -47,17 +47,24 @@ def _sizes(numbers: Sequence[int]) -> tuple[Attention, list[str]]:
     return sizes, [NAMES[b] for b in branches]
 
 
+def _documents(cu_seqlens: Tensor, starts: Tensor | None, sizes: Attention, device: torch.device) -> tiles.Documents:
+    if starts is None:
+        starts = Documents.of(cu_seqlens, device).blocks(sizes.l, sizes.d).starts
+    return tiles.Documents.of(cu_seqlens, starts)
+
+
 @torch.library.custom_op("sparsetron::nsa", mutates_args=())
 def _nsa(
     q: Tensor, k_cmp: Optional[Tensor], v_cmp: Optional[Tensor], k_slc: Optional[Tensor], v_slc: Optional[Tensor],
-    k_win: Optional[Tensor], v_win: Optional[Tensor], gates_: Tensor, cu_seqlens: Tensor, numbers: Sequence[int],
+    k_win: Optional[Tensor], v_win: Optional[Tensor], gates_: Tensor, cu_seqlens: Tensor, starts: Optional[Tensor],
+    numbers: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gated sum, and for backward output and log-sum-exp of cmp, slc and win, and the chosen blocks."""
     sizes, branches = _sizes(numbers)
     check_documents(cu_seqlens, len(q))
     if k_cmp is not None:
         check_blocks(k_cmp, cu_seqlens, sizes.l, sizes.d)
-    documents = Documents.of(cu_seqlens, sizes, q.device)
+    documents = _documents(cu_seqlens, starts, sizes, q.device)
     q = rows(q)
     kv = {name: (rows(k), rows(v)) for name, k, v in _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)}
     out = {name: (q.new_empty(0), q.new_empty(0)) for name in NAMES}
@@ -80,7 +87,7 @@ def _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win):
 
 
 @_nsa.register_fake
-def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates_, cu_seqlens, numbers):
+def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates_, cu_seqlens, starts, numbers):
     sizes, branches = _sizes(numbers)
     n, heads, _ = q.shape
     kv = {name: (k, v) for name, k, v in _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)}
@@ -102,11 +109,11 @@ def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates_, cu_seqlens, numbers):
 def _nsa_backward(
     do: Tensor, q: Tensor, k_cmp: Optional[Tensor], v_cmp: Optional[Tensor], k_slc: Optional[Tensor],
     v_slc: Optional[Tensor], k_win: Optional[Tensor], v_win: Optional[Tensor], gates_: Tensor, cu_seqlens: Tensor,
-    saved: Sequence[Tensor], numbers: Sequence[int],
+    starts: Optional[Tensor], saved: Sequence[Tensor], numbers: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, of the six keys and values (empty for what is not there), and of the gates."""
     sizes, branches = _sizes(numbers)
-    documents = Documents.of(cu_seqlens, sizes, q.device)
+    documents = _documents(cu_seqlens, starts, sizes, q.device)
     q, do = rows(q), rows(do)
     kv = {name: (rows(k), rows(v)) for name, k, v in _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)}
     out = {name: (saved[2 * i], saved[2 * i + 1]) for i, name in enumerate(NAMES)}
@@ -126,7 +133,7 @@ def _nsa_backward(
 
 
 @_nsa_backward.register_fake
-def _(do, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates_, cu_seqlens, saved, numbers):
+def _(do, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates_, cu_seqlens, starts, saved, numbers):
     _, branches = _sizes(numbers)
     kv = {name: (k, v) for name, k, v in _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)}
     pairs = [kv[name] if name in branches else (q.new_empty(0),) * 2 for name in NAMES]
@@ -143,10 +150,10 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, do, *_):
     kept = ctx.saved_tensors  # read once, as activation recomputation asks for
-    tensors, saved = kept[:9], kept[9:]
+    tensors, saved = kept[:10], kept[10:]
     dq, *six, dgates = _nsa_backward(do, *tensors, list(saved), ctx.numbers)
     six = [g if x is not None and g.numel() == x.numel() else None for g, x in zip(six, tensors[1:7])]
-    return dq, *six, dgates, None, None
+    return dq, *six, dgates, None, None, None
 
 
 _nsa.register_autograd(_backward, setup_context=_save)
@@ -160,8 +167,9 @@ def nsa(
     gates: Tensor,
     cu_seqlens: Tensor,
     a: Attention,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Eq. 5 as `reference.nsa` computes it, by kernels; see `unfit` for what they take."""
     numbers = [a.l, a.d, a.l_slc, a.n, a.initial, a.local, a.w, *(NAMES.index(b.value) for b in a.branches)]
     six = (k_cmp, v_cmp, *kv.get("slc", (None, None)), *kv.get("win", (None, None)))
-    return _nsa(q, *six, gates, cu_seqlens, numbers)[0]
+    return _nsa(q, *six, gates, cu_seqlens, starts, numbers)[0]

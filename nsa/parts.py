@@ -1,35 +1,18 @@
 """The kernels of one forward and backward, each alone on the tensors that it gets in the whole: for the benchmark."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-from unittest import mock
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import nsa
-from configs.schema import Attention
 from nsa import band, band_backward, gates, picked, score, tiles
 from nsa.core import NSACore
-
-
-@contextlib.contextmanager
-def held(cu_seqlens: Tensor, sizes: Attention) -> Iterator[tiles.Documents]:
-    """Here the kernels find these documents on the device, where they else copy their tables there in each call.
-
-    A CUDA graph would repeat that copy from host memory that is another's by then.
-    """
-    documents = tiles.Documents.of(cu_seqlens, sizes, torch.device("cuda"))
-    with mock.patch.object(tiles.Documents, "of", return_value=documents):
-        yield documents
-
 
 Calls = dict[str, Callable[[], object]]
 
 
-def parts(
-    core: NSACore, x: dict[str, Tensor], do: Tensor, documents: nsa.Documents, found: tiles.Documents
-) -> tuple[dict[str, Calls], float]:
+def parts(core: NSACore, x: dict[str, Tensor], do: Tensor, documents: nsa.Documents) -> tuple[dict[str, Calls], float]:
     """The launches of forward ("fwd") and backward ("bwd") by name, and pieces of them alone ("of these").
 
     Also how many of a query's chosen blocks its neighbour chose too. x holds q, gates, and k and v of cmp, slc and win
@@ -37,6 +20,7 @@ def parts(
     """
     a, q, branch_gates = core.sizes, x["q"].detach(), x["gates"].detach()
     blocks, same = documents.blocks(a.l, a.d), lambda weight: weight
+    found = tiles.Documents.of(documents.cu_seqlens, blocks.starts)
 
     def compress() -> tuple[Tensor, Tensor]:
         return core.phi_k(x["k_cmp"], blocks, same, True), core.phi_v(x["v_cmp"], blocks, same, True)

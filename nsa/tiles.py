@@ -12,9 +12,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from configs.schema import Attention
-from nsa import reference
-
 LOG2E = 1.4426950408889634
 
 
@@ -29,14 +26,10 @@ class Documents:
     longest: int
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, sizes: Attention, device: torch.device) -> "Documents":
-        """cu_seqlens [documents + 1] in host memory."""
-        cu_blocks = reference.block_starts(cu_seqlens, sizes.l, sizes.d)[0]
-        both = torch.stack((cu_seqlens, cu_blocks)).int()
-        if device.type == "cuda":
-            both = both.pin_memory().to(device, non_blocking=True)
+    def of(cls, cu_seqlens: Tensor, starts: Tensor) -> "Documents":
+        """From cu_seqlens [documents + 1] in host memory and the starts of `documents.Blocks`."""
         longest = int(cu_seqlens.diff().max())
-        return cls(both[0], both[1], len(cu_seqlens) - 1, int(cu_seqlens[-1]), longest)
+        return cls(starts[0], starts[1], len(cu_seqlens) - 1, int(cu_seqlens[-1]), longest)
 
     def tiles(self, size: int) -> int:
         """Tiles of `size` tokens, the empty ones included."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs.schema import Attention
-from nsa import Documents, NSACore, bench, fused, tiles
+from nsa import Documents, NSACore, bench, fused
 from nsa.parts import parts
 
 
@@ -41,9 +41,8 @@ def test_all_parts_run():
     shapes = {"q": (70, 2, 8), "gates": (70, 2, 3)}
     shapes |= {f"{x}_{name}": (70, 1, 8) for x in "kv" for name in ("cmp", "slc", "win")}
     x = {name: torch.rand(size, generator=generator).requires_grad_() for name, size in shapes.items()}
-    cu_seqlens = torch.tensor([0, 70])
-    documents, found = Documents.of(cu_seqlens, cpu), tiles.Documents.of(cu_seqlens, a, cpu)
-    calls, overlap = parts(core, x, torch.randn(70, 2, 8, generator=generator), documents, found)
+    documents = Documents.of(torch.tensor([0, 70]), cpu)
+    calls, overlap = parts(core, x, torch.randn(70, 2, 8, generator=generator), documents)
     for call in (call for kind in calls.values() for call in kind.values()):
         call()
     assert list(calls) == ["fwd", "bwd", "of these"]

@@ -94,7 +94,7 @@ def check_block_linear(device: str, dtype: torch.dtype, heads: int, width: int, 
         return windows.transpose(1, 2).flatten(2) @ w.T
 
     def ours(x, w):
-        return block_linear(x, w, blocks.first, blocks.tokens, blocks.blocks, l, d)
+        return block_linear(x, w, blocks.first, *blocks.starts, l, d)
 
     def run(f, dtype):
         values = [t.to(dtype).requires_grad_() for t in (x, w)]
@@ -271,5 +271,5 @@ def test_one_table_of_blocks_serves_all_layers():
     blocks = documents.blocks(8, 4)
     assert documents.blocks(8, 4) is blocks
     assert blocks.first.tolist() == reference.block_starts(documents.cu_seqlens, 8, 4)[1].tolist()
-    assert blocks.blocks.tolist() == [0, 11, 12]
+    assert blocks.starts.tolist() == [[0, 50, 59], [0, 11, 12]]
     assert documents.positions.tolist() == [*range(50), *range(9)]
