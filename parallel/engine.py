@@ -4,7 +4,7 @@ engine with ZeRO 1 on several. Its configuration comes from ours; nobody writes 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Optional, Protocol
 
 import deepspeed
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 from configs.schema import Config, Optim, Precision, micro_batches
 from parallel import init
 from parallel.attention import Documents
+from parallel.guard import Guard
 from parallel.loss import vocab_parallel_cross_entropy
 from parallel.mesh import Mesh
+from parallel.norms import parameter_norms
 from parallel.pipeline import Pipeline
 from parallel.transformer import Transformer
 
@@ -61,21 +63,34 @@ class Engine:
             config=deepspeed_config(cfg, mesh),
             mpu=None if mesh.pp.size > 1 else _Mpu(mesh),
         )
+        self.guard: Optional[Guard] = None
+        self.norms: dict[str, dict[str, float]] = {}  # of the last step that could have been the guard's last
+        self.accepted: Optional[bool] = None  # by the guard, in this step; None: not asked yet
+        self.deepspeed.optimizer.optimizer.register_step_pre_hook(self._before_update)
+        self._update = self.deepspeed.optimizer.step
+        self.deepspeed.optimizer.step = self._watched_update
 
-    def train_step(self, batches: Iterable[Batch], targets: int, lr: float) -> tuple[Tensor, Tensor]:
+    def train_step(
+        self, batches: Iterable[Batch], targets: int, lr: float, guard: Optional[Guard] = None
+    ) -> tuple[Tensor, Tensor]:
         """One optimizer step over this rank's micro-batches.
 
         `targets` is the number of labels in the whole global batch. Returns the mean loss over them and the global
-        gradient norm before clipping, as scalars that the host has not waited for.
+        gradient norm before clipping (NaN where it was no number), as scalars. Weights and optimizer stay as they are,
+        on all ranks, if a gradient is no number or `guard`, asked once, does not accept the step.
         """
+        self.guard, self.accepted = guard, None
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         micro = [MicroBatch.of(b, self.mesh.device) for b in batches]
         scale = torch.tensor(self.gas * self.mesh.dp.size / max(targets, 1), device=self.mesh.device)
         run = self._train_pipeline if self.mesh.pp.size > 1 else self._train_plain
         loss = run(micro, scale)
-        norm = self.deepspeed.get_global_grad_norm()  # None where it was not a number
-        return loss, torch.as_tensor(float("nan") if norm is None else norm)
+        # Where DeepSpeed itself left the update out, as a gradient is no number, its norm may be an earlier step's.
+        norm = torch.as_tensor(float("nan") if self.accepted is None else self.deepspeed.get_global_grad_norm())
+        if self.accepted is None and guard:
+            guard.accepts(float(loss), float(norm))
+        return loss, norm
 
     def eval_step(self, batches: Iterable[Batch], targets: int) -> Tensor:
         """Mean loss over the `targets` labels of a global batch, without learning from it."""
@@ -95,15 +110,48 @@ class Engine:
             raise FileNotFoundError(f"{directory}/{tag}")
         return state
 
+    def _watched_update(self, *args: Any, **kwargs: Any) -> Any:
+        if self.guard and self.guard.last_chance:
+            self.norms = parameter_norms(self.deepspeed.module, self.mesh)
+        return self._update(*args, **kwargs)
+
+    def _before_update(self, adamw: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Runs when DeepSpeed has found the gradients finite and clipped them, before each of its calls of AdamW: the
+        last moment to leave the update out, which for AdamW means to find no gradients."""
+        if self.accepted is None:
+            self.accepted = self.guard is None or self.guard.accepts(*self._loss_and_norm())
+        if self.accepted:
+            return
+        for p in (p for group in adamw.param_groups for p in group["params"]):
+            p.grad = None
+            if not adamw.state[p]:  # DeepSpeed takes hold of the state after the first update, left out or not
+                device = p.device if adamw.defaults["fused"] else "cpu"
+                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                adamw.state[p] = {"step": torch.zeros((), device=device), **moments}
+
+    def _loss_and_norm(self) -> tuple[float, float]:
+        """Of this step, from the last rank, so that all decide by the same bits."""
+        if self.mesh.pp.size > 1:
+            last = self.mesh.is_last_stage
+            self.loss = self._mean(self.deepspeed.total_loss.detach().clone(), self.gas) if last else torch.zeros(())
+        norm = torch.as_tensor(self.deepspeed.optimizer._global_grad_norm)
+        both = torch.stack([x.float().to(self.mesh.device).reshape(()) for x in (self.loss, norm)])
+        if self.mesh.world > 1:
+            dist.broadcast(both, src=self.mesh.world - 1)
+        loss, norm = both.tolist()
+        return loss, norm
+
     def _train_plain(self, micro: list[MicroBatch], scale: Tensor) -> Tensor:
         self.deepspeed.train()
         total = torch.zeros((), device=self.mesh.device)
-        for batch in micro:
+        for i, batch in enumerate(micro):
             loss = self._loss(batch, scale)
             self.deepspeed.backward(loss)
-            self.deepspeed.step()
             total += loss.detach()
-        return self._mean(total, len(micro))
+            if i == len(micro) - 1:
+                self.loss = self._mean(total, len(micro))  # before the update, which depends on it
+            self.deepspeed.step()
+        return self.loss
 
     def _eval_plain(self, micro: list[MicroBatch], scale: Tensor) -> Tensor:
         self.deepspeed.eval()

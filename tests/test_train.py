@@ -201,6 +201,16 @@ def test_a_loss_that_is_no_number_ends_the_run(corpus, tmp_path):
     )
     assert "nan" in line
     assert json.loads((run / "exit.json").read_text())["code"] == 76
+    assert list(lines(run)) == [1], "the only step with a loss"
+    skipped = list(lines(run, "update_skipped").values())
+    assert [m["updates_skipped"] for m in skipped] == [1, 2, 3]
+    bundle = run / "diverged" / "step-00000004.json"
+    assert str(bundle) in line
+    seen = json.loads(bundle.read_text())
+    assert seen["rows"] == {"first": 12, "end": 16}
+    assert seen["loss"] == "nan"
+    assert all(n["gradient"] == "nan" for n in seen["parameters"].values())
+    assert all(n["weight"] > 1e20 for n in seen["parameters"].values())
 
 
 def test_wandb_offline_keeps_its_run_and_no_wandb_keeps_the_run(corpus, tmp_path):
