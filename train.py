@@ -267,7 +267,7 @@ def vocabulary(cfg: Config, loader: Loader) -> int:
 
 
 def describe(cfg: Config, place: Mesh, vocab: int) -> dict[str, Any]:
-    """What a checkpoint must agree in to be continued: the model, and how it is cut."""
+    """The model, in which a checkpoint must agree to be continued, and how it is cut, which may change."""
     identity = {f"model.{k}": v for k, v in vars(cfg.model).items() if k != "name"}
     identity |= {f"attention.{k}": v for k, v in vars(cfg.attention).items() if k != "backend"}
     identity["model.vocab_size"] = vocab

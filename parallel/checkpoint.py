@@ -1,4 +1,4 @@
-"""Checkpoints: DeepSpeed writes the shards, this file decides when they count.
+"""Checkpoints: the engine writes its pieces (parallel/pieces.py), this file decides when they count.
 
 A checkpoint is written into a fresh temporary folder, every file is synced and hashed, MANIFEST.json lists them with
 the run's own state, and one rename publishes it. A published step is never written again. Loading verifies every hash
@@ -20,8 +20,8 @@ from parallel.comm import host_gather, together
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 
-VERSION = 1
-SHARDS = "shards"
+VERSION = 2
+PIECES = "pieces"
 T = TypeVar("T")
 
 
@@ -36,7 +36,7 @@ def save(run: Path, step: int, engine: Engine, mesh: Mesh, state: dict[str, Any]
     if _agree(mesh, final.exists):
         return final
     _write(mesh, final, lambda: _fresh(temporary) if mesh.rank == 0 else None)
-    _write(mesh, final, lambda: engine.save(str(temporary), SHARDS, {}))
+    _write(mesh, final, lambda: engine.save(temporary / PIECES))
     parts = host_gather(_write(mesh, final, lambda: _hash_share(temporary, mesh)), mesh)
     files = {name: entry for part in parts for name, entry in part.items()}
     manifest = {"version": VERSION, "step": step, "files": files, "state": state}
@@ -47,8 +47,8 @@ def save(run: Path, step: int, engine: Engine, mesh: Mesh, state: dict[str, Any]
 def find(run: Path, mesh: Mesh, resume: Resume, state: dict[str, Any]) -> Optional[tuple[str, dict[str, Any]]]:
     """The newest checkpoint of `run` whose every file is whole, with its state; None for a new run. Collective.
 
-    Raises CheckpointError when `resume` forbids what is there, or when the checkpoint's model or layout is not the one
-    that `state` says this run has.
+    Raises CheckpointError when `resume` forbids what is there, or when the checkpoint's model is not the one that
+    `state` says this run has. Its layout may be another one.
     """
     if resume is Resume.never:
         if _agree(mesh, lambda: run.exists() and any(run.iterdir())):
@@ -73,7 +73,7 @@ def find(run: Path, mesh: Mesh, resume: Resume, state: dict[str, Any]) -> Option
 
 def load(path: str, engine: Engine) -> None:
     """Read the weights and the optimizer state from a checkpoint that `find` returned. Collective."""
-    engine.load(path, SHARDS)
+    engine.load(Path(path, PIECES))
 
 
 def published(run: Path) -> list[str]:
@@ -129,6 +129,8 @@ def _damage(path: str, mesh: Mesh) -> Optional[str]:
     folder = Path(path)
     try:
         manifest = json.loads((folder / "MANIFEST.json").read_text())
+        if manifest["version"] != VERSION:
+            return f"has format {manifest['version']}, this version reads {VERSION}"
         share = sorted(manifest["files"].items())[mesh.rank :: mesh.world]
         for name, entry in share:
             if (folder / name).stat().st_size != entry["bytes"]:
@@ -142,12 +144,11 @@ def _damage(path: str, mesh: Mesh) -> Optional[str]:
 
 
 def _check_same(path: str, found: dict[str, Any], state: dict[str, Any]) -> None:
-    for part, why in (("identity", "was made by another model"), ("layout", "was made on another layout")):
-        for key in sorted({**found.get(part, {}), **state[part]}):
-            there, here = found.get(part, {}).get(key), state[part].get(key)
-            if there != here:
-                fix = f"give {key}={there}, or another run.dir"
-                raise CheckpointError("checkpoint", path, f"{why}: {key}={there}, this run has {here}", fix)
+    for key in sorted({**found["identity"], **state["identity"]}):
+        there, here = found["identity"].get(key), state["identity"].get(key)
+        if there != here:
+            why = f"was made by another model: {key}={there}, this run has {here}"
+            raise CheckpointError("checkpoint", path, why, f"give {key}={there}, or another run.dir")
 
 
 def _agree(mesh: Mesh, ask: Callable[[], T]) -> T:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,17 @@ def test_four_processes_train_like_one(corpus, tmp_path, whole):
     assert sorted(p.name for p in tmp_path.iterdir()) == [run.name], "one run directory, nothing beside it"
 
 
+def test_a_run_goes_on_in_another_layout(corpus, tmp_path, whole):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    layout = ["parallel.tp=2", "parallel.pp=2", "parallel.sequence=true"]
+    train(corpus, run, "train.steps=8", *layout, processes=4)
+    for step in range(5, 9):
+        for key in ("loss", "grad_norm"):
+            assert lines(run)[step][key] == pytest.approx(lines(whole)[step][key], rel=1e-5)
+    assert lines(run)[5]["loss"] == pytest.approx(lines(whole)[5]["loss"], rel=1e-6)
+
+
 def test_the_full_attention_twin_reads_the_same_batches_and_is_the_baseline(corpus, tmp_path, whole):
     twin = tmp_path / "full"
     train(corpus, twin, "train.steps=3", "attention=full")
@@ -183,8 +195,6 @@ def test_a_checkpoint_of_another_model_is_refused(corpus, whole):
 
 
 def test_a_shard_cut_short_ends_the_run_with_its_name(corpus, tmp_path):
-    import shutil
-
     data = Path(shutil.copytree(corpus, tmp_path / "data"))
     for shard in sorted(data.glob("train-*.tar"))[1:]:
         shard.write_bytes(shard.read_bytes()[:-512])
