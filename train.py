@@ -229,6 +229,8 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         run.step, run.tokens, run.padding = state["step"], state["tokens"], state["padding"]
         run.wandb_id = state["wandb_id"]
         run.guard.load_state_dict(state["guard"])
+    elif cfg.train.start_from:
+        checkpoint.begin(Path(cfg.train.start_from), run.engine, place, describe(cfg, place, vocab))
     if place.rank == 0:
         run.log = RunLog(cfg, text, environment(place, loader.fingerprint), run.wandb_id)
         run.log.say(f"continues {found[0]}" if found else f"starts {cfg.run.dir}")

@@ -185,6 +185,7 @@ class Train:
     global_batch: int = 16  # rows of an optimizer step, over all data-parallel ranks
     micro_batch: int = 2  # rows of one forward pass on one rank
     precision: Precision = Precision.bf16
+    start_from: Optional[str] = None  # a model that launch.export wrote: the first weights of a new run
     log_every: int = 1
     eval_every: int = 0  # steps; 0: only after the last one
     eval_batches: int = 4  # global batches of held-out rows
