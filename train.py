@@ -4,7 +4,6 @@ Rank 0 alone composes the configuration and owns the run directory; the others r
 Exit codes are in configs/errors.py.
 """
 
-import math
 import os
 import sys
 import uuid
@@ -27,6 +26,7 @@ from launch.stop import REASONS, Stop
 from parallel import checkpoint, mesh, metrics
 from parallel.comm import host_gather, host_sum, together
 from parallel.engine import Engine
+from parallel.guard import Guard
 from parallel.mesh import Mesh
 from parallel.schedule import learning_rate
 
@@ -35,7 +35,7 @@ def train_step(run: "Run") -> "Step":
     """One optimizer step: the next rows of every rank, forward and backward over its micro-batches, one update."""
     batches, totals = next_batches(run, run.loader)
     lr = learning_rate(run.step, run.cfg.train.steps, run.cfg.optim)
-    loss, norm = run.engine.train_step(batches, totals.targets, lr)
+    loss, norm = run.engine.train_step(batches, totals.targets, lr, run.guard)
     run.step += 1
     run.tokens += run.cfg.train.global_batch * run.cfg.data.seq_len
     run.padding += totals.padding
@@ -51,7 +51,9 @@ def train(run: "Run") -> tuple[int, str]:
         meter.count(step.totals.flops, step.totals.dense_flops)
         stop = step.totals.stop
         last = run.step == cfg.train.steps or stop is not None
-        if due(run.step, cfg.train.log_every) or last:
+        if run.guard.why:
+            write_skipped(run, step)
+        elif due(run.step, cfg.train.log_every) or last:
             write_step(run, step)
         meter.pause()
         if due(run.step, cfg.train.eval_every) or last:
@@ -79,6 +81,7 @@ class Run:
     held_out: Optional[Loader]  # None where no documents were held out
     engine: Engine
     meter: Meter
+    guard: Guard
     log: Optional[RunLog] = None  # on rank 0
     step: int = 0
     tokens: int = 0  # positions of rows, padding included
@@ -88,7 +91,8 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides weights and optimizer. Nothing is drawn at random after the start."""
         counters = {"step": self.step, "tokens": self.tokens, "padding": self.padding, "wandb_id": self.wandb_id}
-        return {**describe(self.cfg, self.mesh, self.vocab), **counters, "data": self.loader.state_dict()}
+        parts = {"data": self.loader.state_dict(), "guard": self.guard.state_dict()}
+        return {**describe(self.cfg, self.mesh, self.vocab), **counters, **parts}
 
 
 @dataclass(frozen=True)
@@ -150,16 +154,36 @@ def skip_damaged(run: Run, loader: Loader, batches: list[Batch], totals: Totals)
 
 
 def write_step(run: Run, step: Step) -> None:
-    """Log a step, which waits for the device. Raises DivergedError if its loss or norm is no number."""
-    loss, norm = float(step.loss), float(step.norm)
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        why = f"loss {loss}, gradient norm {norm}"
-        raise DivergedError("step", run.step, why, "continue from an earlier checkpoint with a lower optim.lr")
+    """Log a step, which waits for the device."""
     measured = run.meter.read()
     if run.log:
-        values = {"step": run.step, "tokens": run.tokens, "loss": loss, "grad_norm": norm, "lr": step.lr}
-        values |= {"padding": run.padding, "rows_skipped": run.loader.skipped}
+        values = {"step": run.step, "tokens": run.tokens, "loss": float(step.loss), "grad_norm": float(step.norm)}
+        values |= {"lr": step.lr, "padding": run.padding, "rows_skipped": run.loader.skipped}
+        values |= {"updates_skipped": run.guard.skipped, "loss_spikes": run.guard.spikes}
         run.log.step({**values, **measured})
+
+
+def write_skipped(run: Run, step: Step) -> None:
+    """Log a step whose update was left out, under other names: its loss is in no statistic.
+
+    Raises DivergedError, with all there is to see written down, if there were too many of them.
+    """
+    seen = {"loss": float(step.loss), "norm": float(step.norm)}
+    if run.log:
+        run.log.skipped(run.step, run.tokens, run.guard.why, run.guard.skipped, seen)
+    if not run.guard.spent:
+        return
+    look = Path(run.cfg.run.dir, "diverged", f"step-{run.step:08d}.json")
+    if run.log:
+        end = run.loader.consumed
+        rows = {"first": end - run.cfg.train.global_batch, "end": end}
+        position = {"step": run.step, "rows": rows, "data": run.loader.state_dict()}
+        numbers = {**seen, "lr": step.lr, "guard": run.guard.state_dict(), "parameters": run.engine.norms}
+        run.log.bundle(look, {**position, "why": run.guard.why, **numbers})
+    why = f"{run.guard.in_a_row} updates left out in a row, {run.guard.skipped} in all; now {run.guard.why}"
+    why += f" (loss {seen['loss']}, gradient norm {seen['norm']})"
+    fix = f"see {look}, then continue from a checkpoint before it with a lower optim.lr"
+    raise DivergedError("step", run.step, why, fix)
 
 
 def evaluate(run: Run) -> None:
@@ -186,7 +210,17 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     held_out = together(lambda: open_loader(cfg, place, "val", val), place) if val else None
     vocab = vocabulary(cfg, loader)
     found = checkpoint.find(Path(cfg.run.dir), place, cfg.resume, describe(cfg, place, vocab))
-    run = Run(cfg, place, stop, vocab, loader, held_out, Engine(cfg, vocab, place), Meter(cfg, place))
+    run = Run(
+        cfg,
+        place,
+        stop,
+        vocab,
+        loader,
+        held_out,
+        Engine(cfg, vocab, place),
+        Meter(cfg, place),
+        Guard(cfg.guard, cfg.train.steps),
+    )
     run.wandb_id = uuid.uuid4().hex[:12]
     if found:
         path, state = found
@@ -194,6 +228,9 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         loader.load_state_dict(state["data"])
         run.step, run.tokens, run.padding = state["step"], state["tokens"], state["padding"]
         run.wandb_id = state["wandb_id"]
+        run.guard.load_state_dict(state["guard"])
+    elif cfg.train.start_from:
+        checkpoint.begin(Path(cfg.train.start_from), run.engine, place, describe(cfg, place, vocab))
     if place.rank == 0:
         run.log = RunLog(cfg, text, environment(place, loader.fingerprint), run.wandb_id)
         run.log.say(f"continues {found[0]}" if found else f"starts {cfg.run.dir}")
@@ -232,7 +269,7 @@ def vocabulary(cfg: Config, loader: Loader) -> int:
 
 
 def describe(cfg: Config, place: Mesh, vocab: int) -> dict[str, Any]:
-    """What a checkpoint must agree in to be continued: the model, and how it is cut."""
+    """The model, in which a checkpoint must agree to be continued, and how it is cut, which may change."""
     identity = {f"model.{k}": v for k, v in vars(cfg.model).items() if k != "name"}
     identity |= {f"attention.{k}": v for k, v in vars(cfg.attention).items() if k != "backend"}
     identity["model.vocab_size"] = vocab

@@ -74,6 +74,13 @@ class OnBadShard(Enum):
     skip = "skip"
 
 
+class OnSpike(Enum):
+    """keep: a step whose loss is a spike is counted. skip: and its update is left out."""
+
+    keep = "keep"
+    skip = "skip"
+
+
 class Resume(Enum):
     """auto: continue if there is something to continue; must: fail if there is not; never: fail if there is."""
 
@@ -178,6 +185,7 @@ class Train:
     global_batch: int = 16  # rows of an optimizer step, over all data-parallel ranks
     micro_batch: int = 2  # rows of one forward pass on one rank
     precision: Precision = Precision.bf16
+    start_from: Optional[str] = None  # a model that launch.export wrote: the first weights of a new run
     log_every: int = 1
     eval_every: int = 0  # steps; 0: only after the last one
     eval_batches: int = 4  # global batches of held-out rows
@@ -189,6 +197,17 @@ class Checkpoint:
 
     every: int = 0  # steps; 0: only after the last one
     keep: int = 2
+
+
+@dataclass(kw_only=True)
+class Guard:
+    """Updates left out because their numbers went wrong (always where they are no numbers); how many are too many."""
+
+    on_spike: OnSpike = OnSpike.keep
+    spike: float = 6.0  # deviations above the median of the last losses that make a spike
+    window: int = 128  # accepted steps that median and deviation are of; no spikes before there are so many
+    in_a_row: int = 3  # so many updates left out one after the other end the run
+    share: float = 0.001  # and so do more than this share of train.steps in all (or than in_a_row, if that is more)
 
 
 @dataclass(kw_only=True)
@@ -219,6 +238,7 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    guard: Guard = field(default_factory=Guard)
     run: Run
     wandb: Wandb = field(default_factory=Wandb)
     resume: Resume = Resume.auto
@@ -271,14 +291,15 @@ _AT_LEAST_ONE = """
     attention.l attention.d attention.l_slc attention.n attention.local attention.w
     parallel.tp parallel.pp parallel.timeout data.seq_len
     train.global_batch train.micro_batch train.log_every train.eval_batches checkpoint.keep
+    guard.window guard.in_a_row
 """.split()
 _AT_LEAST_ZERO = """
     attention.initial optim.lr optim.min_lr optim.warmup optim.weight_decay
-    train.steps train.eval_every checkpoint.every seed data.read_ahead
+    train.steps train.eval_every checkpoint.every seed data.read_ahead guard.share
 """.split()
 _ABOVE_ZERO = """
     model.rope_theta model.norm_eps model.init_std optim.eps optim.clip
-    wandb.timeout data.cache_gib data.timeout
+    wandb.timeout data.cache_gib data.timeout guard.spike
 """.split()
 
 

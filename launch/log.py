@@ -4,6 +4,7 @@ W&B can be slow, down or absent: each call to it is guarded, and the first failu
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -35,6 +36,17 @@ class RunLog:
             self.first = metrics["step"]
             self.started = time.monotonic()
         print(self._line(metrics), flush=True)
+
+    def skipped(self, step: int, tokens: int, why: str, count: int, seen: dict[str, float]) -> None:
+        """One step whose update was left out: `seen` is what was wrong, numbers or not."""
+        seen = {f"seen_{k}": v for k, v in _json(seen).items()}
+        self._write({"step": step, "tokens": tokens, "update_skipped": why, "updates_skipped": count, **seen})
+        print(f"step {step:>6}/{self.steps}  update left out, {count} so far: {why}  {seen}", flush=True)
+
+    def bundle(self, path: Path, content: dict[str, Any]) -> None:
+        """What there is to see where a run ended badly."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_json(content), indent=1))
 
     def validation(self, metrics: dict[str, Any]) -> None:
         """One evaluation."""
@@ -71,6 +83,15 @@ class RunLog:
             "" if left is None else f"{int(left) // 60}:{int(left) % 60:02d} left",
         ]
         return "  ".join(p for p in parts if p)
+
+
+def _json(value: Any) -> Any:
+    """Numbers that JSON has no word for, as text."""
+    if isinstance(value, dict):
+        return {k: _json(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_json(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Wandb:

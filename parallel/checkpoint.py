@@ -1,4 +1,4 @@
-"""Checkpoints: DeepSpeed writes the shards, this file decides when they count.
+"""Checkpoints: the engine writes its pieces (parallel/pieces.py), this file decides when they count.
 
 A checkpoint is written into a fresh temporary folder, every file is synced and hashed, MANIFEST.json lists them with
 the run's own state, and one rename publishes it. A published step is never written again. Loading verifies every hash
@@ -20,8 +20,8 @@ from parallel.comm import host_gather, together
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 
-VERSION = 1
-SHARDS = "shards"
+VERSION = 2
+PIECES = "pieces"
 T = TypeVar("T")
 
 
@@ -36,7 +36,7 @@ def save(run: Path, step: int, engine: Engine, mesh: Mesh, state: dict[str, Any]
     if _agree(mesh, final.exists):
         return final
     _write(mesh, final, lambda: _fresh(temporary) if mesh.rank == 0 else None)
-    _write(mesh, final, lambda: engine.save(str(temporary), SHARDS, {}))
+    _write(mesh, final, lambda: engine.save(temporary / PIECES))
     parts = host_gather(_write(mesh, final, lambda: _hash_share(temporary, mesh)), mesh)
     files = {name: entry for part in parts for name, entry in part.items()}
     manifest = {"version": VERSION, "step": step, "files": files, "state": state}
@@ -47,15 +47,15 @@ def save(run: Path, step: int, engine: Engine, mesh: Mesh, state: dict[str, Any]
 def find(run: Path, mesh: Mesh, resume: Resume, state: dict[str, Any]) -> Optional[tuple[str, dict[str, Any]]]:
     """The newest checkpoint of `run` whose every file is whole, with its state; None for a new run. Collective.
 
-    Raises CheckpointError when `resume` forbids what is there, or when the checkpoint's model or layout is not the one
-    that `state` says this run has.
+    Raises CheckpointError when `resume` forbids what is there, or when the checkpoint's model is not the one that
+    `state` says this run has. Its layout may be another one.
     """
     if resume is Resume.never:
         if _agree(mesh, lambda: run.exists() and any(run.iterdir())):
             raise CheckpointError("run.dir", run, "exists and resume=never", "choose another run.dir or resume=auto")
         return None
     for path in _agree(mesh, lambda: published(run)):
-        problems = [p for p in host_gather(_damage(path, mesh), mesh) if p]
+        problems = [p for p in host_gather(_damage(path, mesh.rank, mesh.world), mesh) if p]
         if problems:
             _say(mesh, f"warning: checkpoint {path}: {problems[0]}; going back to the one before")
             continue
@@ -73,7 +73,44 @@ def find(run: Path, mesh: Mesh, resume: Resume, state: dict[str, Any]) -> Option
 
 def load(path: str, engine: Engine) -> None:
     """Read the weights and the optimizer state from a checkpoint that `find` returned. Collective."""
-    engine.load(path, SHARDS)
+    engine.load(Path(path, PIECES))
+
+
+def newest(run: Path) -> tuple[str, dict[str, Any]]:
+    """Path and state of the newest whole checkpoint, by one process alone. Raises CheckpointError if there is none."""
+    for path in published(run):
+        why = _damage(path)
+        if why is None:
+            return path, json.loads(Path(path, "MANIFEST.json").read_text())["state"]
+        print(f"warning: checkpoint {path}: {why}; going back to the one before", file=sys.stderr, flush=True)
+    raise CheckpointError("run", run, "has no whole checkpoint", "give a directory that train.py has made")
+
+
+def begin(folder: Path, engine: Engine, mesh: Mesh, state: dict[str, Any]) -> None:
+    """Read the weights of an exported model into an engine that has made no step. Collective.
+
+    Raises CheckpointError if it is damaged, or of another model than `state` says this run has.
+    """
+
+    def look() -> None:
+        try:
+            content = json.loads((folder / "config.json").read_text())
+            found = {f"{g}.{k}": v for g in ("model", "attention") for k, v in content[g].items()}
+            whole = mesh.rank != 0 or sha256(folder / "model.safetensors") == content["sha256"]
+        except (OSError, ValueError, KeyError, AttributeError) as e:
+            why = f"not readable ({type(e).__name__} {e})"
+            raise CheckpointError("model", folder, why, "give a directory that launch.export has made") from e
+        if not whole:
+            raise CheckpointError("model", folder, "model.safetensors does not match its hash", "export it again")
+        _check_same(str(folder), {"identity": found}, state)
+
+    together(look, mesh)
+    engine.load(folder)
+
+
+def group(identity: dict[str, Any], name: str) -> dict[str, Any]:
+    """The options of one group in an identity, which has them by their whole names."""
+    return {key.removeprefix(f"{name}."): v for key, v in identity.items() if key.startswith(f"{name}.")}
 
 
 def published(run: Path) -> list[str]:
@@ -117,6 +154,12 @@ def _hash_share(folder: Path, mesh: Mesh) -> dict[str, dict[str, Any]]:
     return out
 
 
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    with open(path, "rb") as f:
+        return _digest(f)
+
+
 def _digest(f: Any) -> str:
     digest = hashlib.sha256()
     while chunk := f.read(1 << 20):
@@ -124,30 +167,30 @@ def _digest(f: Any) -> str:
     return digest.hexdigest()
 
 
-def _damage(path: str, mesh: Mesh) -> Optional[str]:
-    """What this rank finds wrong with its share of a checkpoint, or None."""
+def _damage(path: str, rank: int = 0, world: int = 1) -> Optional[str]:
+    """What a rank finds wrong with its share of a checkpoint, or None."""
     folder = Path(path)
     try:
         manifest = json.loads((folder / "MANIFEST.json").read_text())
-        share = sorted(manifest["files"].items())[mesh.rank :: mesh.world]
+        if manifest["version"] != VERSION:
+            return f"has format {manifest['version']}, this version reads {VERSION}"
+        share = sorted(manifest["files"].items())[rank::world]
         for name, entry in share:
             if (folder / name).stat().st_size != entry["bytes"]:
                 return f"{name} has {(folder / name).stat().st_size} bytes instead of {entry['bytes']}"
-            with open(folder / name, "rb") as f:
-                if _digest(f) != entry["sha256"]:
-                    return f"{name} does not match its hash"
+            if sha256(folder / name) != entry["sha256"]:
+                return f"{name} does not match its hash"
     except (OSError, ValueError, KeyError, TypeError) as e:
         return f"{type(e).__name__} {e}"
     return None
 
 
 def _check_same(path: str, found: dict[str, Any], state: dict[str, Any]) -> None:
-    for part, why in (("identity", "was made by another model"), ("layout", "was made on another layout")):
-        for key in sorted({**found.get(part, {}), **state[part]}):
-            there, here = found.get(part, {}).get(key), state[part].get(key)
-            if there != here:
-                fix = f"give {key}={there}, or another run.dir"
-                raise CheckpointError("checkpoint", path, f"{why}: {key}={there}, this run has {here}", fix)
+    for key in sorted({**found["identity"], **state["identity"]}):
+        there, here = found["identity"].get(key), state["identity"].get(key)
+        if there != here:
+            why = f"was made by another model: {key}={there}, this run has {here}"
+            raise CheckpointError("checkpoint", path, why, f"give {key}={there}, or choose another")
 
 
 def _agree(mesh: Mesh, ask: Callable[[], T]) -> T:

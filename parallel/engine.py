@@ -4,7 +4,8 @@ engine with ZeRO 1 on several. Its configuration comes from ours; nobody writes 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Optional, Protocol
 
 import deepspeed
 import torch
@@ -12,10 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.schema import Config, Optim, Precision, micro_batches
-from parallel import init
+from parallel import init, pieces
 from parallel.attention import Documents
+from parallel.guard import Guard
 from parallel.loss import vocab_parallel_cross_entropy
 from parallel.mesh import Mesh
+from parallel.norms import parameter_norms
 from parallel.pipeline import Pipeline
 from parallel.transformer import Transformer
 
@@ -51,31 +54,44 @@ class Engine:
         vars(deepspeed.ops)["__compatible_ops__"] = {}
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self.mesh = mesh
+        self.zero = cfg.parallel.zero
         self.gas = micro_batches(cfg, mesh.world)
         module = Pipeline(cfg, vocab, mesh) if mesh.pp.size > 1 else Transformer(cfg, vocab, mesh)
         init.initialize(module, cfg.model, cfg.seed, mesh.tp)
-        module.universal_checkpoint_info = universal_checkpoint_info(module)
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer(module, cfg.optim, mesh.device),
             config=deepspeed_config(cfg, mesh),
             mpu=None if mesh.pp.size > 1 else _Mpu(mesh),
         )
+        self.guard: Optional[Guard] = None
+        self.norms: dict[str, dict[str, float]] = {}  # of the last step that could have been the guard's last
+        self.accepted: Optional[bool] = None  # by the guard, in this step; None: not asked yet
+        self.deepspeed.optimizer.optimizer.register_step_pre_hook(self._before_update)
+        self._update = self.deepspeed.optimizer.step
+        self.deepspeed.optimizer.step = self._watched_update
 
-    def train_step(self, batches: Iterable[Batch], targets: int, lr: float) -> tuple[Tensor, Tensor]:
+    def train_step(
+        self, batches: Iterable[Batch], targets: int, lr: float, guard: Optional[Guard] = None
+    ) -> tuple[Tensor, Tensor]:
         """One optimizer step over this rank's micro-batches.
 
         `targets` is the number of labels in the whole global batch. Returns the mean loss over them and the global
-        gradient norm before clipping, as scalars that the host has not waited for.
+        gradient norm before clipping (NaN where it was no number), as scalars. Weights and optimizer stay as they are,
+        on all ranks, if a gradient is no number or `guard`, asked once, does not accept the step.
         """
+        self.guard, self.accepted = guard, None
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         micro = [MicroBatch.of(b, self.mesh.device) for b in batches]
         scale = torch.tensor(self.gas * self.mesh.dp.size / max(targets, 1), device=self.mesh.device)
         run = self._train_pipeline if self.mesh.pp.size > 1 else self._train_plain
         loss = run(micro, scale)
-        norm = self.deepspeed.get_global_grad_norm()  # None where it was not a number
-        return loss, torch.as_tensor(float("nan") if norm is None else norm)
+        # Where DeepSpeed itself left the update out, as a gradient is no number, its norm may be an earlier step's.
+        norm = torch.as_tensor(float("nan") if self.accepted is None else self.deepspeed.get_global_grad_norm())
+        if self.accepted is None and guard:
+            guard.accepts(float(loss), float(norm))
+        return loss, norm
 
     def eval_step(self, batches: Iterable[Batch], targets: int) -> Tensor:
         """Mean loss over the `targets` labels of a global batch, without learning from it."""
@@ -84,26 +100,85 @@ class Engine:
         run = self._eval_pipeline if self.mesh.pp.size > 1 else self._eval_plain
         return run(micro, scale)
 
-    def save(self, directory: str, tag: str, state: dict[str, Any]) -> None:
-        """Write this rank's shards and `state` below `directory/tag`."""
-        self.deepspeed.save_checkpoint(directory, tag=tag, client_state=state, save_latest=False)
+    def save(self, directory: Path) -> None:
+        """Write this rank's pieces of weights and optimizer state into `directory`."""
+        updates = int(self._state(self._masters()[0])["step"])
+        pieces.write(directory, self._pieces(), self.mesh, updates)
 
-    def load(self, directory: str, tag: str) -> dict[str, Any]:
-        """Read what `save` wrote on the same layout; returns its state."""
-        path, state = self.deepspeed.load_checkpoint(directory, tag=tag)
-        if path is None:
-            raise FileNotFoundError(f"{directory}/{tag}")
-        return state
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote on any layout, or the weights of an exported model. Raises KeyError, ValueError."""
+        optimizer, reader = self.deepspeed.optimizer, pieces.Reader(directory)
+        for master in self._masters():
+            self._state(master)["step"].fill_(reader.updates or 0)
+        with torch.no_grad():
+            for piece in self._pieces():
+                reader.fill(piece)
+        if self.zero < 3:
+            optimizer.update_lp_params()
+            return
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:  # small ones, which ZeRO 3 keeps whole
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def _pieces(self) -> list[pieces.Piece]:
+        flat = [{**self._state(master), "weight": master} for master in self._masters()]
+        return pieces.held(self.deepspeed.module, self.mesh, flat)
+
+    def _masters(self) -> list[Tensor]:
+        """The flat fp32 weights that AdamW updates on this rank, wherever this optimizer of DeepSpeed has them."""
+        names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
+        return next(getattr(self.deepspeed.optimizer, n) for n in names if hasattr(self.deepspeed.optimizer, n))
+
+    def _state(self, master: Tensor) -> dict[str, Tensor]:
+        """AdamW's state of a master weight; before its first update the one that this update would begin with."""
+        adamw = self.deepspeed.optimizer.optimizer
+        if not adamw.state[master]:
+            device = master.device if adamw.defaults["fused"] else "cpu"
+            moments = {name: torch.zeros_like(master, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+            adamw.state[master] = {"step": torch.zeros((), device=device), **moments}
+        return adamw.state[master]
+
+    def _watched_update(self, *args: Any, **kwargs: Any) -> Any:
+        if self.guard and self.guard.last_chance:
+            self.norms = parameter_norms(self.deepspeed.module, self.mesh)
+        return self._update(*args, **kwargs)
+
+    def _before_update(self, adamw: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Runs when DeepSpeed has found the gradients finite and clipped them, before each of its calls of AdamW: the
+        last moment to leave the update out, which for AdamW means to find no gradients."""
+        if self.accepted is None:
+            self.accepted = self.guard is None or self.guard.accepts(*self._loss_and_norm())
+        if self.accepted:
+            return
+        for p in (p for group in adamw.param_groups for p in group["params"]):
+            p.grad = None
+            self._state(p)  # DeepSpeed takes hold of it after the first update, left out or not
+
+    def _loss_and_norm(self) -> tuple[float, float]:
+        """Of this step, from the last rank, so that all decide by the same bits."""
+        if self.mesh.pp.size > 1:
+            last = self.mesh.is_last_stage
+            self.loss = self._mean(self.deepspeed.total_loss.detach().clone(), self.gas) if last else torch.zeros(())
+        norm = torch.as_tensor(self.deepspeed.optimizer._global_grad_norm)
+        both = torch.stack([x.float().to(self.mesh.device).reshape(()) for x in (self.loss, norm)])
+        if self.mesh.world > 1:
+            dist.broadcast(both, src=self.mesh.world - 1)
+        loss, norm = both.tolist()
+        return loss, norm
 
     def _train_plain(self, micro: list[MicroBatch], scale: Tensor) -> Tensor:
         self.deepspeed.train()
         total = torch.zeros((), device=self.mesh.device)
-        for batch in micro:
+        for i, batch in enumerate(micro):
             loss = self._loss(batch, scale)
             self.deepspeed.backward(loss)
-            self.deepspeed.step()
             total += loss.detach()
-        return self._mean(total, len(micro))
+            if i == len(micro) - 1:
+                self.loss = self._mean(total, len(micro))  # before the update, which depends on it
+            self.deepspeed.step()
+        return self.loss
 
     def _eval_plain(self, micro: list[MicroBatch], scale: Tensor) -> Tensor:
         self.deepspeed.eval()
@@ -162,27 +237,6 @@ def deepspeed_config(cfg: Config, mesh: Mesh) -> dict[str, Any]:
     return out
 
 
-def universal_checkpoint_info(module: torch.nn.Module) -> dict[str, Any]:
-    """What DeepSpeed's universal checkpoint has to know of the parameters to write them for another layout.
-
-    Parameters cut by rows need nothing. The patterns hold for the whole model, as a converter reads one rank's.
-    """
-    names = [name for name, _ in module.named_parameters()]
-    replicated = [r"\d+\.(attention_norm|mlp_norm|norm)\.weight$"]
-    if any(".core." in name for name in names):
-        replicated.append(r"\d+\.attention\.core\.")
-    return {
-        "universal_checkpoint_version": 0.4,
-        "tp_replicated_parameter_patterns": replicated,
-        "parameter_with_row_parallelism_patterns": [r"\d+\.(attention\.wo|mlp\.down)\.weight$"],
-        "parameter_to_average_patterns": [],
-        "parameter_with_2_sub_params_cat_dim_0": [],
-        "parameter_with_sub_params": [],
-        "vocabulary_parameter_patterns": [],
-        "pipeline_replicated_parameter_patterns": [],
-    }
-
-
 class _Mpu:
     """Our mesh under the names that DeepSpeed's plain engine asks for."""
 
@@ -202,7 +256,7 @@ class _Mpu:
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         return self.model
 
-    # Its universal checkpoint asks under the newer names.
+    # Parts of it ask under the newer names.
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
     get_tensor_model_parallel_group = get_model_parallel_group

@@ -1,6 +1,7 @@
 """Run a test body on several processes: forked with gloo on a CPU, spawned with NCCL where there are GPUs enough.
 
-Forking shares the parent's imports, so that four ranks start in a fraction of a second.
+Forking shares the parent's imports, so that four ranks start in a fraction of a second. The slowest two are those that
+torch and DeepSpeed would make at their first use, which is in the ranks.
 """
 
 import multiprocessing
@@ -14,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
 import torch
+import torch._dynamo
 import torch.distributed as dist
 
 from parallel.mesh import rendezvous, start_processes

@@ -1,9 +1,5 @@
-"""The engine's choices, and DeepSpeed's universal checkpoint: what one layout saved, another continues."""
+"""The engine's choices. What it computes is compared in test_parity.py, what it saves in test_pieces.py."""
 
-import subprocess
-import sys
-
-import pytest
 import torch
 
 from configs.schema import Config, Precision
@@ -11,47 +7,7 @@ from parallel import mesh
 from parallel.engine import deepspeed_config, optimizer
 from parallel.transformer import Transformer
 from tests import ranks, tiny
-from tests.test_checkpoint import VOCAB, build, steps
-
-UNIVERSAL = "deepspeed.checkpoint.ds_to_universal"
-
-
-def save(cfg: Config) -> tuple[dict, list[tuple[float, float]]]:
-    place, loader, engine = build(cfg)
-    steps(2, place, loader, engine)
-    engine.save(cfg.run.dir, "two", {})
-    return loader.state_dict(), steps(2, place, loader, engine, 2)
-
-
-def go_on(cfg: Config, state: dict) -> list[tuple[float, float]]:
-    place, loader, engine = build(cfg)
-    engine.deepspeed._config.load_universal_checkpoint = True
-    engine.load(cfg.run.dir, "universal")
-    loader.load_state_dict(state)
-    return steps(2, place, loader, engine, 2)
-
-
-@pytest.fixture(scope="module", params=["nsa", "full"])
-def universal(request, corpus, tmp_path_factory):
-    """Two steps at tp2 x pp2, converted, and the two that followed."""
-    folder = tmp_path_factory.mktemp(request.param)
-    cfg = tiny.config(request.param, data__path=corpus, run__dir=str(folder), model__layers=2)
-    state, after = ranks.run(4, save, tiny.change(cfg, parallel__tp=2, parallel__pp=2))[0]
-    paths = ["--input_folder", str(folder / "two"), "--output_folder", str(folder / "universal")]
-    convert = [sys.executable, "-m", UNIVERSAL, *paths, "--num_extract_workers", "1", "--num_merge_workers", "1"]
-    subprocess.run(convert, check=True, capture_output=True)
-    return cfg, state, after
-
-
-@pytest.mark.parametrize(
-    ("world", "layout"), [(1, {}), (2, {"tp": 2, "sequence": True}), (2, {"pp": 2}), (4, {"tp": 4})], ids=str
-)
-def test_another_layout_continues_a_universal_checkpoint(universal, world, layout):
-    cfg, state, after = universal
-    cfg = tiny.change(cfg, **{f"parallel__{k}": v for k, v in layout.items()})
-    for out in ranks.run(world, go_on, cfg, state):
-        for ours, theirs in zip(out, after):
-            assert ours == pytest.approx(theirs, rel=1e-5)
+from tests.test_checkpoint import VOCAB
 
 
 def groups(cfg: Config) -> list[list[str]]:

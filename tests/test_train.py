@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,17 @@ def test_four_processes_train_like_one(corpus, tmp_path, whole):
     assert sorted(p.name for p in tmp_path.iterdir()) == [run.name], "one run directory, nothing beside it"
 
 
+def test_a_run_goes_on_in_another_layout(corpus, tmp_path, whole):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    layout = ["parallel.tp=2", "parallel.pp=2", "parallel.sequence=true"]
+    train(corpus, run, "train.steps=8", *layout, processes=4)
+    for step in range(5, 9):
+        for key in ("loss", "grad_norm"):
+            assert lines(run)[step][key] == pytest.approx(lines(whole)[step][key], rel=1e-5)
+    assert lines(run)[5]["loss"] == pytest.approx(lines(whole)[5]["loss"], rel=1e-6)
+
+
 def test_the_full_attention_twin_reads_the_same_batches_and_is_the_baseline(corpus, tmp_path, whole):
     twin = tmp_path / "full"
     train(corpus, twin, "train.steps=3", "attention=full")
@@ -183,8 +195,6 @@ def test_a_checkpoint_of_another_model_is_refused(corpus, whole):
 
 
 def test_a_shard_cut_short_ends_the_run_with_its_name(corpus, tmp_path):
-    import shutil
-
     data = Path(shutil.copytree(corpus, tmp_path / "data"))
     for shard in sorted(data.glob("train-*.tar"))[1:]:
         shard.write_bytes(shard.read_bytes()[:-512])
@@ -201,6 +211,16 @@ def test_a_loss_that_is_no_number_ends_the_run(corpus, tmp_path):
     )
     assert "nan" in line
     assert json.loads((run / "exit.json").read_text())["code"] == 76
+    assert list(lines(run)) == [1], "the only step with a loss"
+    skipped = list(lines(run, "update_skipped").values())
+    assert [m["updates_skipped"] for m in skipped] == [1, 2, 3]
+    bundle = run / "diverged" / "step-00000004.json"
+    assert str(bundle) in line
+    seen = json.loads(bundle.read_text())
+    assert seen["rows"] == {"first": 12, "end": 16}
+    assert seen["loss"] == "nan"
+    assert all(n["gradient"] == "nan" for n in seen["parameters"].values())
+    assert all(n["weight"] > 1e20 for n in seen["parameters"].values())
 
 
 def test_wandb_offline_keeps_its_run_and_no_wandb_keeps_the_run(corpus, tmp_path):

@@ -1,0 +1,102 @@
+"""python -m launch.export RUN DIR: the newest checkpoint as one model, whatever layout it was trained on.
+
+DIR gets model.safetensors (whole fp32 weights by the names of parallel/transformer.py), config.json (sizes, attention,
+tokenizer, where it comes from, hash) and tokenizer.tiktoken. A run starts from it with train.start_from=DIR.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from configs.errors import CheckpointError, RunError
+from configs.schema import Config, Data, sources
+from data import tokenizer
+from data.shards import parse_manifest
+from data.store import Limits, open_store
+from launch.compose import from_text
+from parallel import checkpoint
+from parallel.mesh import Group, Mesh
+from parallel.pieces import Reader
+from parallel.transformer import Transformer
+
+
+def export(run: Path, output: Path) -> str:
+    """Write `output`, which must not exist; it appears whole or not at all. Returns the checkpoint that it came from.
+
+    Raises CheckpointError, DataError.
+    """
+    if output.exists():
+        raise CheckpointError("output", output, "exists", "choose another directory")
+    cfg = _config(run)
+    path, state = checkpoint.newest(run)
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    reader = Reader(Path(path, checkpoint.PIECES))
+    weights = temporary / "model.safetensors"
+    save_file({name: reader.whole(name).contiguous() for name in sorted(reader.places)}, weights)
+    content = {group: checkpoint.group(state["identity"], group) for group in ("model", "attention")}
+    content |= {"tokenizer": _tokenizer(cfg.data, temporary), "seq_len": cfg.data.seq_len, "checkpoint": str(path)}
+    content |= {"step": state["step"], "tokens": state["tokens"], "sha256": checkpoint.sha256(weights)}
+    (temporary / "config.json").write_text(json.dumps(content, indent=1) + "\n")
+    os.rename(temporary, output)
+    return path
+
+
+def load(folder: Path) -> Transformer:
+    """The exported model on this host, in fp32: call it with (tokens [n], Documents), it gives logits [n, vocab]."""
+    content = json.loads((folder / "config.json").read_text())
+    parts = {group: content[group] for group in ("model", "attention")}
+    parts["model"] = {"name": folder.name, **parts["model"]}
+    rest = {"data": {"path": "-", "seq_len": content["seq_len"]}, "run": {"dir": "-"}}
+    alone = Group(None, 0, 1)
+    mesh = Mesh(0, 1, torch.device("cpu"), alone, alone, alone, alone, control=None)
+    model = Transformer(from_text(yaml.safe_dump({**parts, **rest})), content["model"]["vocab_size"], mesh)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model
+
+
+def _config(run: Path) -> Config:
+    try:
+        return from_text((run / "config.yaml").read_text())
+    except OSError as e:
+        raise CheckpointError("run", run, f"not readable ({e})", "give a directory that train.py has made") from e
+
+
+def _tokenizer(data: Data, output: Path) -> dict[str, Any]:
+    """Write the ranks of the tokenizer of a run's data; returns what else there is to know of it."""
+    store = open_store(next(iter(sources(data))), Limits(data.cache_dir, int(data.cache_gib * 2**30), data.timeout))
+    known = parse_manifest(store.read("manifest.json"), store.where).tokenizer
+    file = output / "tokenizer.tiktoken"
+    if known["ranks"]:
+        file.write_bytes(store.read(known["ranks"]))
+    else:
+        tokenizer.save(tokenizer.named(known["name"])._mergeable_ranks, file)
+    encoding = tokenizer.load(known["name"], str(file) if known["ranks"] else None)
+    return {**known, "ranks": file.name, "pattern": encoding._pat_str}
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """Returns the exit code. `argv` replaces the command line."""
+    parser = argparse.ArgumentParser(prog="python -m launch.export", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("output", type=Path, metavar="DIR", help="new directory")
+    args = parser.parse_args(argv)
+    try:
+        print(f"{args.output}: {export(args.run, args.output)}")
+    except RunError as e:
+        print(e, file=sys.stderr)
+        return e.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

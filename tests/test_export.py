@@ -1,0 +1,98 @@
+"""A run as one model: its logits are the run's, it has its tokenizer, and another run starts from it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from configs.schema import Config
+from data import tokenizer
+from launch import export
+from parallel import checkpoint
+from parallel.engine import MicroBatch
+from tests import ranks, test_train, tiny
+from tests.test_checkpoint import VOCAB, build, steps
+from train import describe
+
+
+def validation(run, step: int) -> float:
+    return test_train.lines(run, "val_loss")[step]["val_loss"]
+
+
+@pytest.fixture(scope="module")
+def exported(corpus, tmp_path_factory):
+    """A run on two stages of two tensor-parallel ranks each, and what was made of its last checkpoint."""
+    folder = tmp_path_factory.mktemp("exported")
+    options = ["train.steps=3", "train.eval_batches=2", "parallel.tp=2", "parallel.pp=2"]
+    test_train.train(corpus, folder / "run", *options, processes=4)
+    assert export.main([str(folder / "run"), str(folder / "model")]) == 0
+    return folder
+
+
+def test_it_has_config_and_tokenizer(exported):
+    content = json.loads((exported / "model" / "config.json").read_text())
+    assert (content["step"], content["tokens"]) == (3, 3 * 4 * 128)
+    assert content["model"]["layers"] == 2
+    assert content["attention"]["l_slc"] == 16
+    encoding = tokenizer.from_file(exported / "model" / content["tokenizer"]["ranks"])
+    assert tokenizer.fingerprint(encoding) == content["tokenizer"]["fingerprint"]
+    assert encoding._pat_str == content["tokenizer"]["pattern"]
+
+
+def logits_of_run(cfg: Config) -> tuple[MicroBatch, torch.Tensor]:
+    """A batch and what a trained engine, now saved, says to it."""
+    place, loader, engine = build(cfg)
+    steps(2, place, loader, engine)
+    batch = MicroBatch.of(loader.next_step()[0], place.device)
+    with torch.no_grad():
+        local = engine.deepspeed(batch.tokens, batch.documents)
+    state = {**describe(cfg, place, VOCAB), "step": 2, "tokens": 0}
+    checkpoint.save(Path(cfg.run.dir), 2, engine, place, state, 1)
+    whole = [torch.empty_like(local) for _ in range(place.tp.size)]
+    if place.tp.size > 1:
+        torch.distributed.all_gather(whole, local.contiguous(), group=place.tp.handle)
+    return batch, torch.cat(whole, 1) if place.tp.size > 1 else local
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("nsa", {"parallel__tp": 2}), ("full", {"parallel__zero": 3})], ids=str)
+def test_its_logits_are_the_runs(corpus, tmp_path, kind, changes):
+    run = tmp_path / "run"
+    run.mkdir()
+    cfg = tiny.config(kind, data__path=corpus, run__dir=str(run), model__layers=2, **changes)
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+    batch, expected = ranks.run(2, logits_of_run, cfg)[0]
+    export.export(run, tmp_path / "model")
+    with torch.no_grad():
+        seen = export.load(tmp_path / "model")(batch.tokens, batch.documents)
+    assert torch.allclose(seen, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_another_run_starts_from_it_on_another_layout(corpus, exported, tmp_path):
+    run, start = tmp_path / "run", f"train.start_from={exported / 'model'}"
+    test_train.train(corpus, run, "train.steps=1", "optim.lr=0", "optim.min_lr=0", "train.eval_batches=2", start)
+    assert validation(run, 1) == pytest.approx(validation(exported / "run", 3), rel=1e-6)
+
+
+@pytest.mark.parametrize("how", ["a flipped bit", "another model", "no model", "exists"])
+def test_what_cannot_be_used_is_refused_in_one_line(corpus, exported, tmp_path, how, capsys):
+    if how == "exists":
+        assert export.main([str(exported / "run"), str(exported / "model")]) == 66
+        assert "exists" in capsys.readouterr().err
+        return
+    folder, options = tmp_path / "model", []
+    if how != "no model":
+        shutil.copytree(exported / "model", folder)
+    if how == "a flipped bit":
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(data)
+    if how == "another model":
+        options = ["model.mlp_dim=64"]
+    done = test_train.train(corpus, tmp_path / "run", f"train.start_from={folder}", *options, code=66)
+    (line,) = test_train.errors(done)
+    says = {"a flipped bit": "hash", "another model": "model.mlp_dim=96", "no model": "not readable"}
+    assert says[how] in line
+    assert not (tmp_path / "run").exists()
