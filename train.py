@@ -20,7 +20,8 @@ from configs.errors import ConfigError, DataError, DivergedError, RunError
 from configs.schema import Config, check, sources
 from data.loader import Batch, Loader
 from data.store import Limits
-from launch.compose import compose, from_text
+from launch import sweep
+from launch.compose import compose, from_text, is_multirun
 from launch.log import RunLog
 from launch.meter import Meter, environment
 from launch.stop import REASONS, Stop
@@ -269,6 +270,8 @@ def shared_config(store: dist.Store, rank: int, world: int) -> Optional[str]:
 def main() -> int:
     """Run alone or under torchrun. Returns the exit code; rank 0 also writes it into the file $SPARSETRON_EXIT_FILE."""
     stop, code = Stop(), 0
+    if is_multirun() and os.environ.get("WORLD_SIZE", "1") == "1":
+        return sweep.main(stop)
     store, rank, world = mesh.rendezvous()
     try:
         text = shared_config(store, rank, world)

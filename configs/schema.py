@@ -74,6 +74,12 @@ class OnBadShard(Enum):
     skip = "skip"
 
 
+class Twin(Enum):
+    """full: the run that the other options describe, but with full attention, and "-full" behind its run.dir."""
+
+    full = "full"
+
+
 class Resume(Enum):
     """auto: continue if there is something to continue; must: fail if there is not; never: fail if there is."""
 
@@ -223,6 +229,7 @@ class Config:
     wandb: Wandb = field(default_factory=Wandb)
     resume: Resume = Resume.auto
     seed: int = 0
+    twin: Optional[Twin] = None
     experiment: Optional[str] = None  # the name under which runs are compared
 
 

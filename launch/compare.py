@@ -84,7 +84,7 @@ def ratios(runs: list[Measured]) -> list[str]:
         if full is None:
             out.append(f"{run.name}: no full-attention run {context} among these, so no speed-up")
             continue
-        saving = _show(run.settled("flop_saving"), "{:.2f}x fewer model FLOPs by formula; ")
+        saving = _show(run.settled("flop_saving"), "full attention needs {:.2f}x its model FLOPs by formula; ")
         speed = f"{speedup(run, full):.2f}x its tokens/s, measured on {where(run, full)}"
         loss = f"training loss {run.loss - full.loss:+.4f}"
         out.append(f"{run.name} against {full.name} {context}: {speed};\n  {saving}{loss}")

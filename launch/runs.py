@@ -79,7 +79,7 @@ def find(directory: str) -> list[Path]:
     path = Path(directory)
     if (path / "config.yaml").exists():
         return [path]
-    found = sorted(p.parent for p in path.glob("**/config.yaml"))
+    found = sorted(p.parent for p in path.glob("**/metrics.jsonl"))
     if not found:
         why = "holds no run" if path.is_dir() else "does not exist"
         raise CheckpointError("run", path, why, "give directories that train.py has made")

@@ -43,7 +43,7 @@ def test_table_ratios_and_report(tmp_path, capsys):
     said = "nsa-run against full-run at 1024 tokens of context: 1.50x its tokens/s, measured on 1 x cpu"
     assert said in out
     assert said in report.read_text()
-    assert "2.00x fewer model FLOPs" in out
+    assert "full attention needs 2.00x its model FLOPs by formula" in out
     assert "7.2500" in out
     assert "3,000" in out
     assert "warning" not in out
