@@ -28,6 +28,7 @@ from launch.stop import REASONS, Stop
 from parallel import checkpoint, mesh, metrics
 from parallel.comm import host_gather, host_sum, together
 from parallel.engine import Engine
+from parallel.health import Watch
 from parallel.mesh import Mesh
 from parallel.schedule import learning_rate
 
@@ -48,6 +49,7 @@ def train(run: "Run") -> tuple[int, str]:
     cfg, meter, stop = run.cfg, run.meter, None
     meter.restart()
     while run.step < cfg.train.steps and stop is None:
+        watch = Watch(run.engine.deepspeed.module, cfg.attention) if due(run.step + 1, cfg.train.health_every) else None
         step = train_step(run)
         meter.count(step.totals.flops, step.totals.dense_flops)
         stop = step.totals.stop
@@ -55,6 +57,8 @@ def train(run: "Run") -> tuple[int, str]:
         if due(run.step, cfg.train.log_every) or last:
             write_step(run, step)
         meter.pause()
+        if watch:
+            write_health(run, watch)
         if due(run.step, cfg.train.eval_every) or last:
             evaluate(run)
         if due(run.step, cfg.checkpoint.every) or last:
@@ -161,6 +165,13 @@ def write_step(run: Run, step: Step) -> None:
         values = {"step": run.step, "tokens": run.tokens, "loss": loss, "grad_norm": norm, "lr": step.lr}
         values |= {"padding": run.padding, "rows_skipped": run.loader.skipped}
         run.log.step({**values, **measured})
+
+
+def write_health(run: Run, watch: Watch) -> None:
+    """Log what `watch` saw in this step; nothing under full attention."""
+    seen = watch.read(run.mesh)
+    if run.log and seen:
+        run.log.health({"step": run.step, "tokens": run.tokens, **seen})
 
 
 def evaluate(run: Run) -> None:

@@ -185,6 +185,7 @@ class Train:
     micro_batch: int = 2  # rows of one forward pass on one rank
     precision: Precision = Precision.bf16
     log_every: int = 1
+    health_every: int = 100  # steps between measurements of sparse attention (nsa/health.py); 0: never
     eval_every: int = 0  # steps; 0: only after the last one
     eval_batches: int = 4  # global batches of held-out rows
 
@@ -281,7 +282,7 @@ _AT_LEAST_ONE = """
 """.split()
 _AT_LEAST_ZERO = """
     attention.initial optim.lr optim.min_lr optim.warmup optim.weight_decay
-    train.steps train.eval_every checkpoint.every seed data.read_ahead
+    train.steps train.health_every train.eval_every checkpoint.every seed data.read_ahead
 """.split()
 _ABOVE_ZERO = """
     model.rope_theta model.norm_eps model.init_std optim.eps optim.clip
