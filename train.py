@@ -30,6 +30,7 @@ from parallel.comm import host_gather, host_sum, together
 from parallel.engine import Engine
 from parallel.health import Watch
 from parallel.mesh import Mesh
+from parallel.position import LossByPosition
 from parallel.schedule import learning_rate
 
 
@@ -180,12 +181,16 @@ def evaluate(run: Run) -> None:
         return
     run.held_out.reset()
     total, targets = 0.0, 0
+    by_position = LossByPosition(run.engine.deepspeed.module, run.mesh, run.cfg.data.seq_len)
     for _ in range(run.cfg.train.eval_batches):
         batches, totals = next_batches(run, run.held_out)
+        by_position.expect([b.labels for b in batches])
         total += float(run.engine.eval_step(batches, totals.targets)) * totals.targets
         targets += totals.targets
+    positions = by_position.read()
     if run.log:
-        run.log.validation({"step": run.step, "tokens": run.tokens, "val_loss": total / max(targets, 1)})
+        loss = total / max(targets, 1)
+        run.log.validation({"step": run.step, "tokens": run.tokens, "val_loss": loss, **positions})
 
 
 def start(text: str, stop: Stop) -> tuple[int, str]:

@@ -89,6 +89,11 @@ def charts(runs: list[Measured]) -> list[str]:
     if any(baseline(run, runs) for run in runs):
         ylabel = "x tokens/s of full attention"
         out.insert(3, _chart("Speed-up", "context (tokens)", ylabel, lambda axes: _speedup(axes, runs)))
+    if any(_positions(run) for run in runs):
+        y = "validation loss, last one"
+        out.append(
+            _chart("Loss by context", "from this token of the document on", y, lambda axes: _by_position(axes, runs))
+        )
     for measure in dict.fromkeys(measure for run in runs for measure in run.sparsity()):
         title, y = f"Sparsity: {measure.replace('_', ' ')}", "mean of the layers, band from least to most"
         out.append(_chart(title, "tokens (millions)", y, lambda axes, m=measure: _health(axes, runs, m)))
@@ -160,6 +165,19 @@ def _memory(axes: Axes, runs: list[Measured]) -> None:
     axes.barh(rows, [r.memory for r in runs])
     axes.set_yticks(rows, [r.name for r in runs])
     axes.invert_yaxis()
+
+
+def _positions(run: Measured) -> dict[str, float]:
+    last = run.validation[-1] if run.validation else {}
+    return {key: value for key, value in last.items() if key.startswith("val_loss_from/")}
+
+
+def _by_position(axes: Axes, runs: list[Measured]) -> None:
+    for run in runs:
+        if found := _positions(run):
+            starts = [int(key.split("/")[1]) for key in found]
+            axes.plot(starts, list(found.values()), "o-", label=f"{run.name}, {run.context:,} tokens")
+    axes.set_xscale("symlog", base=2, linthresh=1)
 
 
 def _health(axes: Axes, runs: list[Measured], measure: str) -> None:

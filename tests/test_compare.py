@@ -26,7 +26,9 @@ def make_run(
         speed = rate / 10 if step <= 10 else rate  # a slow start that the median must not see
         shared = {"step_s": 4096 / speed, "tokens_per_s": speed, "model_tflops": 1.0, "mfu": None, "mem_gib": 0.5}
         lines.append({"step": step, "tokens": step * 4096, "loss": 9 - step / 10, "flop_saving": 2.0, **shared})
-    lines.append({"step": 20, "tokens": 20 * 4096, "val_loss": 7.25})
+    lines.append(
+        {"step": 20, "tokens": 20 * 4096, "val_loss": 7.25, "val_loss_from/000000": 8.0, "val_loss_from/000512": 6.5}
+    )
     if health:
         layers = {f"sparsity/gate_cmp/layer_{i:02}": 0.25 * (i + 1) for i in range(2)}
         lines += [{"step": step, "tokens": step * 4096, **layers} for step in (10, 20)]

@@ -48,7 +48,15 @@ def test_it_says_what_was_measured_and_where(page, runs):
 
 
 def test_it_has_every_chart(page):
-    titles = ["Loss against tokens", "Loss against time", "Throughput", "Speed-up", "Memory", "Sparsity: gate cmp"]
+    titles = [
+        "Loss against tokens",
+        "Loss against time",
+        "Throughput",
+        "Speed-up",
+        "Memory",
+        "Loss by context",
+        "Sparsity: gate cmp",
+    ]
     charts = [ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
     words = [{"".join(t.itertext()) for t in chart.iter("{http://www.w3.org/2000/svg}text")} for chart in charts]
     assert len(charts) == len(titles)
@@ -89,7 +97,7 @@ def test_a_browser_shows_it(page, tmp_path):
 
     picture = tmp_path / "report.png"
     shown = run("--dump-dom")
-    assert shown.count("</svg>") == 6
+    assert shown.count("</svg>") == 7
     assert shown.count("<tr>") == page.count("<tr>"), "the browser repaired the page"
     run("--window-size=1280,2400", f"--screenshot={picture}")
     from matplotlib import image
