@@ -24,6 +24,7 @@ from launch import sweep
 from launch.compose import compose, from_text, is_multirun
 from launch.log import RunLog
 from launch.meter import Meter, environment
+from launch.profile import Trace
 from launch.stop import REASONS, Stop
 from parallel import checkpoint, mesh, metrics
 from parallel.comm import host_gather, host_sum, together
@@ -48,9 +49,11 @@ def train_step(run: "Run") -> "Step":
 def train(run: "Run") -> tuple[int, str]:
     """Steps until the last one, or until somebody asks to stop. Returns the exit code and the reason."""
     cfg, meter, stop = run.cfg, run.meter, None
+    trace = Trace(cfg, run.mesh.rank)
     meter.restart()
     while run.step < cfg.train.steps and stop is None:
         watch = Watch(run.engine.deepspeed.module, cfg.attention) if due(run.step + 1, cfg.train.health_every) else None
+        trace.before(run.step + 1)
         step = train_step(run)
         meter.count(step.totals.flops, step.totals.dense_flops)
         stop = step.totals.stop
@@ -58,6 +61,7 @@ def train(run: "Run") -> tuple[int, str]:
         if due(run.step, cfg.train.log_every) or last:
             write_step(run, step)
         meter.pause()
+        trace.after(run.step, last)
         if watch:
             write_health(run, watch)
         if due(run.step, cfg.train.eval_every) or last:

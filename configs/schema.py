@@ -199,6 +199,13 @@ class Checkpoint:
 
 
 @dataclass(kw_only=True)
+class Profile:
+    """A torch trace (chrome://tracing, Perfetto) of some steps, of each rank, in traces/ of the run."""
+
+    steps: Optional[list[int]] = None  # [first, last]; null: none
+
+
+@dataclass(kw_only=True)
 class Run:
     """Where the run lives. metrics.jsonl, config.yaml, checkpoints/ and wandb/ are below `dir`."""
 
@@ -227,6 +234,7 @@ class Config:
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     run: Run
+    profile: Profile = field(default_factory=Profile)
     wandb: Wandb = field(default_factory=Wandb)
     resume: Resume = Resume.auto
     seed: int = 0
@@ -237,6 +245,7 @@ class Config:
 def check(cfg: Config, world: int) -> None:
     """Apply every rule to a run on `world` processes. Raises ConfigError with the first one that is broken."""
     _check_ranges(cfg)
+    _check_profile(cfg.profile)
     _check_paths(cfg)
     _check_model(cfg)
     if cfg.attention.kind is Kind.nsa:
@@ -309,6 +318,12 @@ def _check_ranges(cfg: Config) -> None:
     for key in ("model.vocab_size", "attention.phi_hidden"):
         value = _get(cfg, key)
         _require(value is None or value >= 1, key, value, "out of range", "give at least 1, or null")
+
+
+def _check_profile(profile: Profile) -> None:
+    s = profile.steps
+    ok = s is None or (len(s) == 2 and 1 <= s[0] <= s[1])
+    _require(ok, "profile.steps", s, "no span of steps", "give [first, last], counted from 1, or null")
 
 
 def _check_paths(cfg: Config) -> None:

@@ -25,7 +25,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 def _parts(logits: Tensor, labels: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """exp(logit - peak) [n, vocab/tp]; its sum, and the label's logit - peak [2, n]; the label's index [n, 1]; if mine."""
+    """exp(logit - peak) [n, vocab/tp]; its sum and the label's logit - peak, [2, n]; the label's index [n, 1]; whether
+    it lies on this rank [n]."""
     x = logits.float()
     peak = x.amax(dim=1)  # [n]
     if group.size > 1:

@@ -53,6 +53,7 @@ def whole(corpus, tmp_path_factory) -> Path:
         run,
         "train.steps=8",
         "train.health_every=3",
+        "profile.steps=[2,3]",
         "checkpoint.every=4",
         "train.eval_every=4",
         "train.eval_batches=2",
@@ -81,6 +82,11 @@ def test_the_health_of_sparsity_is_logged_when_it_is_due(whole):
     key = "sparsity/gate_win/layer_01"
     assert list(lines(whole, key)) == [3, 6]
     assert 0 < lines(whole, key)[6][key] < 1
+
+
+def test_a_trace_of_the_steps_asked_for(whole):
+    events = json.loads((whole / "traces" / "steps-2-3-rank-00000.json").read_text())["traceEvents"]
+    assert any(e.get("name", "").startswith("Optimizer.step") for e in events)
 
 
 def test_the_validation_loss_is_of_documents_that_are_not_trained_on(whole):
