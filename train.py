@@ -26,10 +26,9 @@ from launch.log import RunLog
 from launch.meter import Meter, environment
 from launch.profile import Trace
 from launch.stop import REASONS, Stop
-from parallel import checkpoint, mesh, metrics
+from parallel import checkpoint, health, mesh, metrics
 from parallel.comm import host_gather, host_sum, together
 from parallel.engine import Engine
-from parallel.health import Watch
 from parallel.mesh import Mesh
 from parallel.position import LossByPosition
 from parallel.schedule import learning_rate
@@ -52,7 +51,8 @@ def train(run: "Run") -> tuple[int, str]:
     trace = Trace(cfg, run.mesh.rank)
     meter.restart()
     while run.step < cfg.train.steps and stop is None:
-        watch = Watch(run.engine.deepspeed.module, cfg.attention) if due(run.step + 1, cfg.train.health_every) else None
+        looks = due(run.step + 1, cfg.train.health_every)
+        watch = health.Watch(run.engine.deepspeed.module, cfg.attention) if looks else None
         trace.before(run.step + 1)
         step = train_step(run)
         meter.count(step.totals.flops, step.totals.dense_flops)
@@ -172,13 +172,6 @@ def write_step(run: Run, step: Step) -> None:
         run.log.step({**values, **measured})
 
 
-def write_health(run: Run, watch: Watch) -> None:
-    """Log what `watch` saw in this step; nothing under full attention."""
-    seen = watch.read(run.mesh)
-    if run.log and seen:
-        run.log.health({"step": run.step, "tokens": run.tokens, **seen})
-
-
 def evaluate(run: Run) -> None:
     """Log the mean loss over the first `train.eval_batches` global batches of held-out documents."""
     if run.held_out is None:
@@ -195,6 +188,13 @@ def evaluate(run: Run) -> None:
     if run.log:
         loss = total / max(targets, 1)
         run.log.validation({"step": run.step, "tokens": run.tokens, "val_loss": loss, **positions})
+
+
+def write_health(run: Run, watch: health.Watch) -> None:
+    """Log what `watch` saw in this step; nothing under full attention."""
+    seen = watch.read(run.mesh)
+    if run.log and seen:
+        run.log.health({"step": run.step, "tokens": run.tokens, **seen})
 
 
 def start(text: str, stop: Stop) -> tuple[int, str]:

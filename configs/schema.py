@@ -21,6 +21,12 @@ class Kind(Enum):
     nsa = "nsa"
 
 
+class Twin(Enum):
+    """full: the run that the other options describe, but with full attention, and "-full" behind its run.dir."""
+
+    full = "full"
+
+
 class Branch(Enum):
     """The three branches of NSA (arXiv 2502.11089, Eq. 5)."""
 
@@ -72,12 +78,6 @@ class OnBadShard(Enum):
 
     stop = "stop"
     skip = "skip"
-
-
-class Twin(Enum):
-    """full: the run that the other options describe, but with full attention, and "-full" behind its run.dir."""
-
-    full = "full"
 
 
 class Resume(Enum):
@@ -199,13 +199,6 @@ class Checkpoint:
 
 
 @dataclass(kw_only=True)
-class Profile:
-    """A torch trace (chrome://tracing, Perfetto) of some steps, of each rank, in traces/ of the run."""
-
-    steps: Optional[list[int]] = None  # [first, last]; null: none
-
-
-@dataclass(kw_only=True)
 class Run:
     """Where the run lives. metrics.jsonl, config.yaml, checkpoints/ and wandb/ are below `dir`."""
 
@@ -220,6 +213,13 @@ class Wandb:
     mode: WandbMode = WandbMode.auto
     project: str = "sparsetron"
     timeout: float = 15.0  # seconds to wait for a server before the run goes on without one
+
+
+@dataclass(kw_only=True)
+class Profile:
+    """A torch trace (chrome://tracing, Perfetto) of some steps, of each rank, in traces/ of the run."""
+
+    steps: Optional[list[int]] = None  # [first, last]; null: none
 
 
 @dataclass(kw_only=True)
@@ -290,8 +290,9 @@ _AT_LEAST_ONE = """
     train.global_batch train.micro_batch train.log_every train.eval_batches checkpoint.keep
 """.split()
 _AT_LEAST_ZERO = """
+    train.health_every
     attention.initial optim.lr optim.min_lr optim.warmup optim.weight_decay
-    train.steps train.health_every train.eval_every checkpoint.every seed data.read_ahead
+    train.steps train.eval_every checkpoint.every seed data.read_ahead
 """.split()
 _ABOVE_ZERO = """
     model.rope_theta model.norm_eps model.init_std optim.eps optim.clip

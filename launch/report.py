@@ -21,13 +21,13 @@ HEAD = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <style>
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1300px; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
+table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto; font-size: 13px }
 td, th { border-bottom: 1px solid #ddd; padding: .3em .6em; text-align: right; white-space: nowrap }
 td:first-child, th:first-child { text-align: left }
 .warning { background: #fff3cd; padding: .4em .8em }
 .charts { display: flex; flex-wrap: wrap; gap: 1em }
 p { white-space: pre-line }
-figure { margin: 0; flex: 1 1 460px } svg { width: 100%; height: auto }
+figure { margin: 0; flex: 1 1 460px; max-width: 640px } svg { width: 100%; height: auto }
 </style></head><body>
 """
 
@@ -81,7 +81,12 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
 def charts(runs: list[Measured]) -> list[str]:
     """The figures, each as HTML."""
     out = [
-        _chart("Loss against tokens", "tokens (millions)", "loss (nats)", lambda axes: _loss_by_tokens(axes, runs)),
+        _chart(
+            "Loss against tokens",
+            "tokens (millions)",
+            "loss (nats; dots: validation)",
+            lambda axes: _loss_by_tokens(axes, runs),
+        ),
         _chart("Loss against time", "training time (s)", "loss (nats)", lambda axes: _loss_by_time(axes, runs)),
         _chart("Throughput", "context (tokens)", "tokens/s", lambda axes: _speed(axes, runs)),
         _chart("Memory", "GiB at the most, rank 0", "", lambda axes: _memory(axes, runs)),
@@ -105,10 +110,12 @@ def _chart(title: str, x: str, y: str, draw: Callable[[Axes], None]) -> str:
     with matplotlib.rc_context({"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": title}):
         figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
         draw(axes)
+        lines = len(axes.get_legend_handles_labels()[0])
         axes.set(xlabel=x, ylabel=y, title=title)
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+        if lines:
+            figure.set_figheight(4 + 0.2 * lines)
+            figure.legend(loc="outside lower left", fontsize="small", frameon=False)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
         pyplot.close(figure)
@@ -120,7 +127,7 @@ def _loss_by_tokens(axes: Axes, runs: list[Measured]) -> None:
         (line,) = axes.plot([s["tokens"] / 1e6 for s in run.steps], [s["loss"] for s in run.steps], label=run.name)
         if run.validation:
             at, loss = ([v[key] for v in run.validation] for key in ("tokens", "val_loss"))
-            axes.plot([t / 1e6 for t in at], loss, "o", color=line.get_color(), label=f"{run.name}, validation")
+            axes.plot([t / 1e6 for t in at], loss, "o", color=line.get_color())
 
 
 def _loss_by_time(axes: Axes, runs: list[Measured]) -> None:
@@ -134,10 +141,10 @@ def _speed(axes: Axes, runs: list[Measured]) -> None:
 
 
 def _speedup(axes: Axes, runs: list[Measured]) -> None:
+    axes.axhline(1, color="grey", linewidth=1, linestyle="--")
     pairs = [(run, full) for run in runs if (full := baseline(run, runs))]
     points = [(f"{_variant(run, runs)}, {where(run, full)}", run.context, speedup(run, full)) for run, full in pairs]
     _by_context(axes, points)
-    axes.axhline(1, color="grey", linewidth=1, linestyle="--")
 
 
 def _by_context(axes: Axes, points: list[tuple[str, int, float]]) -> None:
@@ -157,7 +164,9 @@ def _variant(run: Measured, runs: list[Measured]) -> str:
     if run.is_full:
         return "full"
     changed = differences([r.config["attention"] for r in runs if not r.is_full])
-    return ", ".join(["nsa", *(f"{key}={run.config['attention'].get(key)}" for key in changed)])
+    values = {key: run.config["attention"].get(key) for key in changed}
+    shown = {key: "+".join(value) if isinstance(value, list) else value for key, value in values.items()}
+    return ", ".join(["nsa", *(f"{key}={value}" for key, value in shown.items())])
 
 
 def _memory(axes: Axes, runs: list[Measured]) -> None:
