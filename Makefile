@@ -1,12 +1,15 @@
-# make train: a first run and its full-attention twin.  make test: everything that needs no GPU.
+# make train: a first run and its full-attention twin.  make ablations: seven small runs, compared.  make test: everything that needs no GPU.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 TORCH = $(shell grep '^torch==' requirements.txt)
 
-.PHONY: train test clean
+.PHONY: train ablations test clean
 train: $(VENV)/.done corpus/stdlib/manifest.json
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" launch/demo.sh corpus/stdlib
+
+ablations: $(VENV)/.done corpus/stdlib/manifest.json
+	$(RUN) train.py -m experiment=ablations data.path=corpus/stdlib run.dir=runs/ablations
 
 test: $(VENV)/.done
 	$(RUN) -m ruff check .

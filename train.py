@@ -19,15 +19,18 @@ from configs.errors import ConfigError, DataError, DivergedError, RunError
 from configs.schema import Config, check, sources
 from data.loader import Batch, Loader
 from data.store import Limits
-from launch.compose import compose, from_text
+from launch import sweep
+from launch.compose import compose, from_text, is_multirun
 from launch.log import RunLog
 from launch.meter import Meter, environment
+from launch.profile import Trace
 from launch.stop import REASONS, Stop
-from parallel import checkpoint, mesh, metrics
+from parallel import checkpoint, health, mesh, metrics
 from parallel.comm import host_gather, host_sum, together
 from parallel.engine import Engine
 from parallel.guard import Guard
 from parallel.mesh import Mesh
+from parallel.position import LossByPosition
 from parallel.schedule import learning_rate
 
 
@@ -45,8 +48,12 @@ def train_step(run: "Run") -> "Step":
 def train(run: "Run") -> tuple[int, str]:
     """Steps until the last one, or until somebody asks to stop. Returns the exit code and the reason."""
     cfg, meter, stop = run.cfg, run.meter, None
+    trace = Trace(cfg, run.mesh.rank)
     meter.restart()
     while run.step < cfg.train.steps and stop is None:
+        looks = due(run.step + 1, cfg.train.health_every)
+        watch = health.Watch(run.engine.deepspeed.module, cfg.attention) if looks else None
+        trace.before(run.step + 1)
         step = train_step(run)
         meter.count(step.totals.flops, step.totals.dense_flops)
         stop = step.totals.stop
@@ -56,6 +63,9 @@ def train(run: "Run") -> tuple[int, str]:
         elif due(run.step, cfg.train.log_every) or last:
             write_step(run, step)
         meter.pause()
+        trace.after(run.step, last)
+        if watch:
+            write_health(run, watch)
         if due(run.step, cfg.train.eval_every) or last:
             evaluate(run)
         if due(run.step, cfg.checkpoint.every) or last:
@@ -192,12 +202,23 @@ def evaluate(run: Run) -> None:
         return
     run.held_out.reset()
     total, targets = 0.0, 0
+    by_position = LossByPosition(run.engine.deepspeed.module, run.mesh, run.cfg.data.seq_len)
     for _ in range(run.cfg.train.eval_batches):
         batches, totals = next_batches(run, run.held_out)
+        by_position.expect([b.labels for b in batches])
         total += float(run.engine.eval_step(batches, totals.targets)) * totals.targets
         targets += totals.targets
+    positions = by_position.read()
     if run.log:
-        run.log.validation({"step": run.step, "tokens": run.tokens, "val_loss": total / max(targets, 1)})
+        loss = total / max(targets, 1)
+        run.log.validation({"step": run.step, "tokens": run.tokens, "val_loss": loss, **positions})
+
+
+def write_health(run: Run, watch: health.Watch) -> None:
+    """Log what `watch` saw in this step; nothing under full attention."""
+    seen = watch.read(run.mesh)
+    if run.log and seen:
+        run.log.health({"step": run.step, "tokens": run.tokens, **seen})
 
 
 def start(text: str, stop: Stop) -> tuple[int, str]:
@@ -306,6 +327,8 @@ def shared_config(store: dist.Store, rank: int, world: int) -> Optional[str]:
 def main() -> int:
     """Run alone or under torchrun. Returns the exit code; rank 0 also writes it into the file $SPARSETRON_EXIT_FILE."""
     stop, code = Stop(), 0
+    if is_multirun() and os.environ.get("WORLD_SIZE", "1") == "1":
+        return sweep.main(stop)
     store, rank, world = mesh.rendezvous()
     try:
         text = shared_config(store, rank, world)

@@ -21,6 +21,12 @@ class Kind(Enum):
     nsa = "nsa"
 
 
+class Twin(Enum):
+    """full: the run that the other options describe, but with full attention, and "-full" behind its run.dir."""
+
+    full = "full"
+
+
 class Branch(Enum):
     """The three branches of NSA (arXiv 2502.11089, Eq. 5)."""
 
@@ -187,6 +193,7 @@ class Train:
     precision: Precision = Precision.bf16
     start_from: Optional[str] = None  # a model that launch.export wrote: the first weights of a new run
     log_every: int = 1
+    health_every: int = 100  # steps between measurements of sparse attention (nsa/health.py); 0: never
     eval_every: int = 0  # steps; 0: only after the last one
     eval_batches: int = 4  # global batches of held-out rows
 
@@ -228,6 +235,13 @@ class Wandb:
 
 
 @dataclass(kw_only=True)
+class Profile:
+    """A torch trace (chrome://tracing, Perfetto) of some steps, of each rank, in traces/ of the run."""
+
+    steps: Optional[list[int]] = None  # [first, last]; null: none
+
+
+@dataclass(kw_only=True)
 class Config:
     """One run."""
 
@@ -240,15 +254,18 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     guard: Guard = field(default_factory=Guard)
     run: Run
+    profile: Profile = field(default_factory=Profile)
     wandb: Wandb = field(default_factory=Wandb)
     resume: Resume = Resume.auto
     seed: int = 0
+    twin: Optional[Twin] = None
     experiment: Optional[str] = None  # the name under which runs are compared
 
 
 def check(cfg: Config, world: int) -> None:
     """Apply every rule to a run on `world` processes. Raises ConfigError with the first one that is broken."""
     _check_ranges(cfg)
+    _check_profile(cfg.profile)
     _check_paths(cfg)
     _check_model(cfg)
     if cfg.attention.kind is Kind.nsa:
@@ -294,6 +311,7 @@ _AT_LEAST_ONE = """
     guard.window guard.in_a_row
 """.split()
 _AT_LEAST_ZERO = """
+    train.health_every
     attention.initial optim.lr optim.min_lr optim.warmup optim.weight_decay
     train.steps train.eval_every checkpoint.every seed data.read_ahead guard.share
 """.split()
@@ -322,6 +340,12 @@ def _check_ranges(cfg: Config) -> None:
     for key in ("model.vocab_size", "attention.phi_hidden"):
         value = _get(cfg, key)
         _require(value is None or value >= 1, key, value, "out of range", "give at least 1, or null")
+
+
+def _check_profile(profile: Profile) -> None:
+    s = profile.steps
+    ok = s is None or (len(s) == 2 and 1 <= s[0] <= s[1])
+    _require(ok, "profile.steps", s, "no span of steps", "give [first, last], counted from 1, or null")
 
 
 def _check_paths(cfg: Config) -> None:

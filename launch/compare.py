@@ -1,81 +1,23 @@
-"""python -m launch.compare RUN RUN...: what runs cost and reached, side by side, with where each was measured."""
+"""python -m launch.compare RUN...: what runs cost and reached, side by side, with where each was measured.
+
+Prints a table and writes an HTML report. RUN is a run directory, or one that holds several, such as a sweep's.
+Exit codes: 0; 64 for a bad --output; 66 for what is no run.
+"""
 
 import argparse
-import json
-import statistics
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-import matplotlib
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from configs.errors import CheckpointError, RunError
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One run directory."""
-
-    name: str
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    steps: list[dict[str, Any]]  # lines of training steps, in order, the last one for each step
-    validation: list[dict[str, Any]]
-
-    @property
-    def is_full(self) -> bool:
-        return self.config["attention"]["kind"] == "full"
-
-    def settled(self, key: str) -> Optional[float]:
-        """Median over the later half of the steps, when compilation and caches have settled."""
-        values = [s[key] for s in self.steps[len(self.steps) // 2 :] if s.get(key) is not None]
-        return statistics.median(values) if values else None
-
-    @property
-    def loss(self) -> float:
-        """Mean training loss of the last ten logged steps."""
-        return statistics.fmean(s["loss"] for s in self.steps[-10:])
-
-    @property
-    def validation_loss(self) -> Optional[float]:
-        return self.validation[-1]["val_loss"] if self.validation else None
-
-
-def read(directory: str) -> Measured:
-    """A run directory. Raises CheckpointError if it is none."""
-    path = Path(directory)
-    try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
-        environment = json.loads((path / "environment.json").read_text())
-        lines = _lines((path / "metrics.jsonl").read_text())
-        steps = {m["step"]: m for m in lines if "loss" in m}  # a resumed run repeats steps: the last line counts
-        validation = {m["step"]: m for m in lines if "val_loss" in m}
-    except (OSError, ValueError, KeyError, yaml.YAMLError) as e:
-        why = f"not readable ({type(e).__name__} {e})"
-        raise CheckpointError("run", path, why, "give directories that train.py has made") from e
-    if not steps:
-        raise CheckpointError("run", path, "has no logged step yet", "wait for its first step")
-    in_order = [[found[k] for k in sorted(found)] for found in (steps, validation)]
-    return Measured(path.name, config, environment, *in_order)
-
-
-def _lines(text: str) -> list[dict[str, Any]]:
-    """Objects of a JSON lines file; a half line at the end, where a run was killed, is left out."""
-    lines = text.splitlines()
-    if lines and not text.endswith("\n"):
-        lines.pop()
-    return [json.loads(line) for line in lines]
-
+from configs.errors import ConfigError, RunError
+from launch.runs import Measured, find, read
 
 COLUMNS = {  # heading: how to show it
     "attention": lambda r: r.config["attention"]["kind"],
+    "context": lambda r: f"{r.context:,}",
     "steps": lambda r: f"{r.steps[-1]['step']:,}",
     "tokens": lambda r: f"{r.steps[-1]['tokens'] / 1e6:,.2f} M",
     "loss": lambda r: f"{r.loss:.4f}",
@@ -84,8 +26,9 @@ COLUMNS = {  # heading: how to show it
     "step": lambda r: _show(r.settled("step_s"), "{:.3f} s"),
     "model TFLOP/s": lambda r: _show(r.settled("model_tflops"), "{:.3g}"),
     "MFU": lambda r: _show(r.settled("mfu"), "{:.1%}"),
-    "memory": lambda r: f"{max(s['mem_gib'] for s in r.steps):.2f} GiB",
+    "memory": lambda r: f"{r.memory:.2f} GiB",
 }
+TITLE = "speeds: median of the later half of the steps, per run; TFLOP/s per device; memory of rank 0"
 
 
 def _show(value: Optional[float], how: str) -> str:
@@ -94,7 +37,7 @@ def _show(value: Optional[float], how: str) -> str:
 
 def table(runs: list[Measured]) -> Table:
     """One row a run."""
-    out = Table(title="runs (speeds: median of the later half of the steps, per run; TFLOP/s per device)")
+    out = Table(title=TITLE)
     out.add_column("run", overflow="fold")
     for heading in COLUMNS:
         out.add_column(heading, justify="right")
@@ -103,32 +46,12 @@ def table(runs: list[Measured]) -> Table:
     return out
 
 
-def ratios(runs: list[Measured]) -> list[str]:
-    """Each sparse run against the first full-attention run of the list, in words."""
-    full = next((r for r in runs if r.is_full), None)
-    if full is None:
-        return ["no full-attention run among these: no speed-up to show"]
-    out = []
-    for run in (r for r in runs if not r.is_full):
-        speed = run.settled("tokens_per_s") / full.settled("tokens_per_s")
-        saving = run.settled("flop_saving")
-        context = f"{run.config['data']['seq_len']} tokens of context"
-        out.append(f"{run.name} against {full.name} at {context}: {speed:.2f}x its tokens/s, {_where(run, full)};")
-        out.append(f"  {saving:.2f}x fewer model FLOPs by formula; training loss {run.loss - full.loss:+.4f}")
-    return out
-
-
-def _where(run: Measured, full: Measured) -> str:
-    places = [f"measured on {r.environment['world']} x {r.environment['device']}" for r in (run, full)]
-    return places[0] if places[0] == places[1] else f"{places[0]} (baseline {places[1]})"
-
-
 ALIKE = {  # what must agree for a comparison of like with like
     "data": lambda r: r.environment.get("data_fingerprint"),
     "device": lambda r: r.environment.get("device"),
     "number of processes": lambda r: r.environment.get("world"),
     "seed": lambda r: r.config["seed"],
-    "data.seq_len": lambda r: r.config["data"]["seq_len"],
+    "data.seq_len": lambda r: r.context,
     "train.global_batch": lambda r: r.config["train"]["global_batch"],
     "train.precision": lambda r: r.config["train"]["precision"],
     "model": lambda r: r.config["model"],
@@ -137,54 +60,82 @@ ALIKE = {  # what must agree for a comparison of like with like
 }
 
 
-def warnings(runs: list[Measured]) -> list[str]:
-    """One line for each thing in which the runs are not alike."""
+def unlike(a: Measured, b: Measured) -> dict[str, tuple[Any, Any]]:
+    """The things in which two runs should agree and do not."""
+    return {what: (of(a), of(b)) for what, of in ALIKE.items() if of(a) != of(b)}
+
+
+def baseline(run: Measured, runs: list[Measured]) -> Optional[Measured]:
+    """The full-attention run at the same context that is most like `run`; None for a full one, or without any."""
+    twins = [r for r in runs if r.is_full and not run.is_full and r.context == run.context]
+    return min(twins, key=lambda twin: len(unlike(run, twin)), default=None)
+
+
+def speedup(run: Measured, full: Measured) -> float:
+    """Tokens/s of a run over its baseline's."""
+    return run.settled("tokens_per_s") / full.settled("tokens_per_s")
+
+
+def ratios(runs: list[Measured]) -> list[str]:
+    """Each sparse run against its full-attention baseline, in words, with where both were measured."""
     out = []
-    for what, of in ALIKE.items():
-        values = [of(r) for r in runs]
-        if any(v != values[0] for v in values):
-            shown = ", ".join(f"{r.name}: {str(v)[:60]}" for r, v in zip(runs, values))
-            out.append(f"warning: not like with like: {what} differs ({shown})")
+    for run in (r for r in runs if not r.is_full):
+        context, full = f"at {run.context} tokens of context", baseline(run, runs)
+        if full is None:
+            out.append(f"{run.name}: no full-attention run {context} among these, so no speed-up")
+            continue
+        saving = _show(run.settled("flop_saving"), "full attention needs {:.2f}x its model FLOPs by formula; ")
+        speed = f"{speedup(run, full):.2f}x its tokens/s, measured on {where(run, full)}"
+        loss = f"training loss {run.loss - full.loss:+.4f}"
+        out.append(f"{run.name} against {full.name} {context}: {speed};\n  {saving}{loss}")
     return out
 
 
-def draw(runs: list[Measured], path: Path) -> None:
-    """Loss against tokens, and tokens/s against tokens."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for run in runs:
-        tokens = [s["tokens"] / 1e6 for s in run.steps]
-        (line,) = left.plot(tokens, [s["loss"] for s in run.steps], label=run.name)
-        seen = [v["tokens"] / 1e6 for v in run.validation]
-        marks = [v["val_loss"] for v in run.validation]
-        left.plot(seen, marks, "o", color=line.get_color(), label=f"{run.name}, validation" if marks else None)
-        right.plot(tokens, [s["tokens_per_s"] for s in run.steps], color=line.get_color(), label=run.name)
-    left.set(xlabel="tokens (millions)", ylabel="loss (nats)", title="loss")
-    right.set(xlabel="tokens (millions)", ylabel="tokens/s", title="throughput", ylim=(0, None))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+def where(run: Measured, full: Measured) -> str:
+    """The device of a ratio; both where they are not the same."""
+    return run.place if run.place == full.place else f"{run.place} (baseline measured on {full.place})"
+
+
+def warnings(runs: list[Measured]) -> list[str]:
+    """One line for each run that is unlike its baseline; where none has any, for each that is unlike the first."""
+    pairs = [(run, full) for run in runs if (full := baseline(run, runs))] or [(run, runs[0]) for run in runs]
+    out = []
+    for run, other in pairs:
+        found = [f"{what} differs ({str(a)[:60]}, {str(b)[:60]})" for what, (a, b) in unlike(run, other).items()]
+        if found:
+            out.append(f"warning: {run.name} and {other.name} are not like with like: {'; '.join(found)}")
+    return out
+
+
+def compare(directories: list[str], output: Path) -> None:
+    """Print the table of the runs at or below `directories`, and write the report. Raises RunError."""
+    from launch import report  # matplotlib takes a second
+
+    runs = [read(path) for directory in directories for path in find(directory)]
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table(runs))
+    for line in [*ratios(runs), *warnings(runs)]:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(report.page(runs), encoding="utf-8")
+    console.print(f"report: {output}", highlight=False, soft_wrap=True, markup=False)
 
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
     parser = argparse.ArgumentParser(prog="python -m launch.compare", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
-    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="picture of the curves")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or one that holds several")
+    parser.add_argument("--output", type=Path, default=Path("compare.html"), help="the report (.html)")
     args = parser.parse_args(argv)
     try:
-        runs = [read(directory) for directory in args.runs]
+        if args.output.suffix != ".html":
+            raise ConfigError(
+                "option", f"--output {args.output}", "the report is HTML", "give a name that ends in .html"
+            )
+        compare(args.runs, args.output)
     except RunError as e:
         print(e, file=sys.stderr)
         return e.code
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table(runs))
-    for line in [*ratios(runs), *warnings(runs)]:
-        console.print(line, highlight=False, soft_wrap=True)
-    draw(runs, args.output)
-    console.print(f"curves: {args.output}", highlight=False)
     return 0
 
 

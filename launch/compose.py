@@ -5,20 +5,24 @@ import io
 import os
 import re
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from configs.errors import ConfigError
-from configs.schema import Config, check
+from configs.schema import Config, Kind, Twin, check
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+MULTIRUN = {"-m", "--multirun"}
 
 
 def compose(world: int) -> Optional[str]:
@@ -26,23 +30,51 @@ def compose(world: int) -> Optional[str]:
 
     Raises ConfigError for whatever is wrong with it.
     """
-    if {"-m", "--multirun"} & set(sys.argv[1:]):
-        raise ConfigError("config", "--multirun", "this version starts one run at a time", "start each run by itself")
+    if is_multirun():
+        why, fix = "several processes start one run", "give -m to launch/local.sh or to python train.py"
+        raise ConfigError("config", "--multirun", why, fix)
+    texts: list[str] = []
+    _call_hydra(lambda raw: texts.append(_resolved(raw, world)))
+    return texts[0] if texts else None
+
+
+def is_multirun() -> bool:
+    """Whether the command line asks for several runs."""
+    return bool(MULTIRUN & set(sys.argv[1:]))
+
+
+def compose_all(world: int) -> list[tuple[list[str], str]]:
+    """The runs that a multirun command line asks for, in Hydra's order: overrides of each, and what `compose` gives."""
+    if any(arg.startswith("hydra.sweep.") for arg in sys.argv):
+        raise ConfigError("config", "hydra.sweep", "has no use here", "give run.dir=DIR, the folder of the runs")
+    jobs: list[tuple[list[str], str]] = []
+    program, *typed = sys.argv
+    typed = [arg for arg in typed if arg not in MULTIRUN]
+    first = next((i for i, arg in enumerate(typed) if "=" in arg), len(typed))
+    with tempfile.TemporaryDirectory() as scratch:  # Hydra makes folders for its jobs
+        # Hydra's parser wants overrides in one piece.
+        sys.argv = [program, "--multirun", *typed[:first], f"hydra.sweep.dir={scratch}", *typed[first:]]
+        try:
+            _call_hydra(lambda raw: jobs.append((list(HydraConfig.get().overrides.task), _resolved(raw, world))))
+        finally:
+            sys.argv = [program, *typed]
+    return jobs
+
+
+def _call_hydra(task: Callable[[DictConfig], None]) -> None:
+    """Let Hydra read the command line and call `task` with each run. Raises ConfigError."""
     ConfigStore.instance().store(name="schema", node=Config)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing a page and leaving with 1
-    texts: list[str] = []
-    task = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):  # argparse writes its usage there before it leaves
-            task(lambda raw: texts.append(_resolved(raw, world)))()
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(task)()
     except (HydraException, OmegaConfBaseException, YAMLError) as e:
         raise ConfigError("config", *_explain(e)) from e
     except SystemExit as e:
         if e.code:
             why = said.getvalue().strip().rsplit("error: ", 1)[-1]
             raise ConfigError("config", "command line", why, "options are KEY=VALUE; see python train.py --help") from e
-    return texts[0] if texts else None
 
 
 def from_text(text: str) -> Config:
@@ -57,6 +89,8 @@ def _resolved(raw: DictConfig, world: int) -> str:
     missing = sorted(OmegaConf.missing_keys(raw))
     if missing:
         raise ConfigError("config", missing[0], "has no value", f"give {missing[0]}=VALUE")
+    if raw.twin is Twin.full:  # the run that the other options describe keeps its own directory
+        raw.attention.kind, raw.run.dir = Kind.full, f"{raw.run.dir}-full"
     text = OmegaConf.to_yaml(raw, resolve=True)
     check(from_text(text), world)
     return text

@@ -7,4 +7,4 @@ for attention in nsa full; do
     echo "== $attention attention"
     launch/local.sh -n 1 experiment=demo attention=$attention data.path="$data" run.dir=runs/demo-$attention
 done
-python3 -m launch.compare runs/demo-nsa runs/demo-full --output runs/demo.png
+python3 -m launch.compare runs/demo-nsa runs/demo-full --output runs/demo.html

@@ -22,6 +22,11 @@ fi
 SPARSETRON_EXIT_FILE="$(mktemp)"
 export SPARSETRON_EXIT_FILE
 trap 'rm -f "$SPARSETRON_EXIT_FILE"' EXIT
+for argument in "$@"; do
+    if [ "$argument" = -m ] || [ "$argument" = --multirun ]; then
+        SPARSETRON_EXIT_FILE="" SPARSETRON_PROCESSES="$processes" exec python3 "$train" "$@" # starts this script for each run
+    fi
+done
 torchrun --standalone --nproc-per-node "$processes" "${TORCHRUN_FLAGS[@]}" "$train" "$@" &
 torchrun=$!
 for name in TERM USR1 INT; do

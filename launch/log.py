@@ -53,6 +53,10 @@ class RunLog:
         self._write(metrics)
         print(f"step {metrics['step']:>6}/{self.steps}  validation loss {metrics['val_loss']:.4f}", flush=True)
 
+    def health(self, metrics: dict[str, Any]) -> None:
+        """What sparse attention does; too much for the terminal."""
+        self._write(metrics)
+
     def say(self, line: str) -> None:
         """A line on the terminal only."""
         print(line, flush=True)

@@ -56,6 +56,8 @@ class NSACore(nn.Module):
         self.sizes = sizes
         self.compresses = Branch.cmp in sizes.branches
         self.scores = Branch.slc in sizes.branches
+        # Given rotated queries, compressed keys, gates and cu_seqlens of a pass, to look at.
+        self.observe: Callable[[Tensor, Tensor | None, Tensor, Tensor], None] | None = None
         if self.compresses and sizes.compression is Compression.mlp:
             self.phi_k = Phi(sizes.l, sizes.d, qk_dim, sizes.phi_hidden or qk_dim)
             self.phi_v = Phi(sizes.l, sizes.d, v_dim, sizes.phi_hidden or v_dim)
@@ -78,9 +80,10 @@ class NSACore(nn.Module):
         places, blocks = documents.positions, documents.blocks(self.sizes.l, self.sizes.d)
         k_cmp, v_cmp = self._compress(q, kv, blocks, rotate, share)
         rotated = {name: (rotate(k, places), v) for name, (k, v) in kv.items() if name != "cmp"}
-        return nsa_attention(
-            rotate(q, places), rotated, k_cmp, v_cmp, gates, documents.cu_seqlens, self.sizes, blocks.starts
-        )
+        q = rotate(q, places)
+        if self.observe is not None:
+            self.observe(q, k_cmp, gates, documents.cu_seqlens)
+        return nsa_attention(q, rotated, k_cmp, v_cmp, gates, documents.cu_seqlens, self.sizes, blocks.starts)
 
     def _compress(self, q, kv, blocks, rotate, share) -> tuple[Tensor | None, Tensor | None]:
         """Compressed and rotated keys [m, h_kv, dk], compressed values [m, h_kv, dv]; None for what no branch needs.

@@ -49,7 +49,16 @@ def errors(done: subprocess.CompletedProcess) -> list[str]:
 def whole(corpus, tmp_path_factory) -> Path:
     """A run of eight steps that evaluates at 4 and 8 and saves at 4 and 8."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    train(corpus, run, "train.steps=8", "checkpoint.every=4", "train.eval_every=4", "train.eval_batches=2")
+    train(
+        corpus,
+        run,
+        "train.steps=8",
+        "train.health_every=3",
+        "profile.steps=[2,3]",
+        "checkpoint.every=4",
+        "train.eval_every=4",
+        "train.eval_batches=2",
+    )
     return run
 
 
@@ -68,6 +77,17 @@ def test_a_run_leaves_what_it_promises(whole):
     environment = json.loads((whole / "environment.json").read_text())
     assert environment["world"] == 1
     assert environment["torch"].startswith("2.")
+
+
+def test_the_health_of_sparsity_is_logged_when_it_is_due(whole):
+    key = "sparsity/gate_win/layer_01"
+    assert list(lines(whole, key)) == [3, 6]
+    assert 0 < lines(whole, key)[6][key] < 1
+
+
+def test_a_trace_of_the_steps_asked_for(whole):
+    events = json.loads((whole / "traces" / "steps-2-3-rank-00000.json").read_text())["traceEvents"]
+    assert any(e.get("name", "").startswith("Optimizer.step") for e in events)
 
 
 def test_the_validation_loss_is_of_documents_that_are_not_trained_on(whole):

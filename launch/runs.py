@@ -1,0 +1,110 @@
+"""Run directories, read back: what was configured, where it ran, what it logged."""
+
+import itertools
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+
+from configs.errors import CheckpointError
+
+HEALTH = "sparsity/"  # begins sparsity/MEASURE/LAYER, the keys of lines about the sparsity of attention
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run directory."""
+
+    name: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    steps: list[dict[str, Any]]  # lines of training steps, in order, the last one for each step
+    validation: list[dict[str, Any]]
+    health: list[dict[str, Any]]  # lines about the sparsity of attention
+
+    @property
+    def is_full(self) -> bool:
+        return self.config["attention"]["kind"] == "full"
+
+    @property
+    def context(self) -> int:
+        """Tokens of a row."""
+        return self.config["data"]["seq_len"]
+
+    @property
+    def place(self) -> str:
+        """What it was measured on."""
+        return f"{self.environment['world']} x {self.environment['device']}"
+
+    def settled(self, key: str) -> Optional[float]:
+        """Median over the later half of the steps, when compilation and caches have settled."""
+        values = [s[key] for s in self.steps[len(self.steps) // 2 :] if s.get(key) is not None]
+        return statistics.median(values) if values else None
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss of the last ten logged steps."""
+        return statistics.fmean(s["loss"] for s in self.steps[-10:])
+
+    @property
+    def validation_loss(self) -> Optional[float]:
+        return self.validation[-1]["val_loss"] if self.validation else None
+
+    @property
+    def memory(self) -> float:
+        """GiB at the most, of rank 0."""
+        return max(s["mem_gib"] for s in self.steps)
+
+    def sparsity(self) -> dict[str, list[tuple[int, list[float]]]]:
+        """Of each measure: tokens seen, and its value in each layer, over the run."""
+        out: dict[str, list[tuple[int, list[float]]]] = {}
+        for line in self.health:
+            keys = sorted(key for key in line if key.startswith(HEALTH))
+            for measure, group in itertools.groupby(keys, lambda key: key.split("/")[1]):
+                out.setdefault(measure, []).append((line["tokens"], [line[key] for key in group]))
+        return out
+
+    def seconds(self) -> list[float]:
+        """Training time at each logged step; evaluation, saving and pauses between restarts are not in it."""
+        before = [0, *(s["step"] for s in self.steps)]
+        spans = [s["step_s"] * (s["step"] - b) for s, b in zip(self.steps, before)]
+        return list(itertools.accumulate(spans))
+
+
+def find(directory: str) -> list[Path]:
+    """The run directories at or below one (a sweep's), by name. Raises CheckpointError if there is none."""
+    path = Path(directory)
+    if (path / "config.yaml").exists():
+        return [path]
+    found = sorted(p.parent for p in path.glob("**/metrics.jsonl"))
+    if not found:
+        why = "holds no run" if path.is_dir() else "does not exist"
+        raise CheckpointError("run", path, why, "give directories that train.py has made")
+    return found
+
+
+def read(path: Path) -> Measured:
+    """A run directory. Raises CheckpointError if it is none."""
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        environment = json.loads((path / "environment.json").read_text())
+        lines = _lines((path / "metrics.jsonl").read_text())
+        kinds = (lambda m: "loss" in m, lambda m: "val_loss" in m, lambda m: any(key.startswith(HEALTH) for key in m))
+        by_kind = [{m["step"]: m for m in lines if is_kind(m)} for is_kind in kinds]  # a resumed run repeats steps
+    except (OSError, ValueError, KeyError, yaml.YAMLError) as e:
+        why = f"not readable ({type(e).__name__} {e})"
+        raise CheckpointError("run", path, why, "give directories that train.py has made") from e
+    if not by_kind[0]:
+        raise CheckpointError("run", path, "has no logged step yet", "wait for its first step")
+    return Measured(path.name, config, environment, *([found[k] for k in sorted(found)] for found in by_kind))
+
+
+def _lines(text: str) -> list[dict[str, Any]]:
+    """Objects of a JSON lines file; a half line at the end, where a run was killed, is left out."""
+    lines = text.splitlines()
+    if lines and not text.endswith("\n"):
+        lines.pop()
+    return [json.loads(line) for line in lines]
