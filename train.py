@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import ConfigError, DataError, DivergedError, RunError
-from configs.schema import Config, check, sources
+from configs.rules import check
+from configs.schema import Config, sources
 from data.loader import Batch, Loader
 from data.store import Limits
 from launch import sweep

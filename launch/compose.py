@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from configs.errors import ConfigError
-from configs.schema import Config, Kind, Twin, check
+from configs.rules import check
+from configs.schema import Config, Kind, Twin
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MULTIRUN = {"-m", "--multirun"}

@@ -3,7 +3,8 @@
 import pytest
 
 from configs.errors import ConfigError
-from configs.schema import Branch, Compression, Kind, check, data_parallel, micro_batches
+from configs.rules import check
+from configs.schema import Branch, Compression, Kind, data_parallel, micro_batches
 from tests import tiny
 
 BROKEN = [  # changes, processes, what the message must say

@@ -61,6 +61,14 @@ def test_local_leaves_with_the_runs_own_code(place, code):
     assert local({**place, "CODE": str(code)}, "-n", "2", "a=b").wait(120) == code
 
 
+def test_local_starts_a_sweep_once_and_tells_it_how_many_processes_a_run_has(place, tmp_path):
+    program = "import os, sys, pathlib; pathlib.Path(os.environ['OUT'], 'sweep').write_text("
+    program += "'\\n'.join([os.environ['SPARSETRON_PROCESSES'], *sys.argv[1:]]))"
+    (tmp_path / "program.py").write_text(program)
+    assert local(place, "-n", "3", "-m", "seed=0,1").wait(120) == 0
+    assert given(place) == {"sweep": ["3", "-m", "seed=0,1"]}
+
+
 def wait_for(path: Path) -> None:
     end = time.monotonic() + 60
     while not path.exists() and time.monotonic() < end:

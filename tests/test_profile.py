@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs.errors import ConfigError
-from configs.schema import check
+from configs.rules import check
 from launch.profile import Trace
 from tests import tiny
 
