@@ -1,7 +1,7 @@
 """Every option of a run, typed. Standard library only.
 
-Hydra composes the YAML groups beside this file into `Config`; `configs.rules.check` then applies the rules between them,
-before anything is built. A field without a default has to come from a group or from the command line.
+Hydra composes the YAML groups beside this file into `Config`; `configs.rules.check` then applies the rules between
+them, before anything is built. A field without a default has to come from a group or from the command line.
 """
 
 import re
