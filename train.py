@@ -185,12 +185,13 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     val = loader.holding("val")
     held_out = together(lambda: open_loader(cfg, place, "val", val), place) if val else None
     vocab = vocabulary(cfg, loader)
-    found = checkpoint.find(Path(cfg.run.dir), place, cfg.resume, describe(cfg, place, vocab))
+    ours = describe(cfg, place, vocab)
+    found = checkpoint.find(Path(cfg.run.dir), place, cfg.resume, ours)
     run = Run(cfg, place, stop, vocab, loader, held_out, Engine(cfg, vocab, place), Meter(cfg, place))
     run.wandb_id = uuid.uuid4().hex[:12]
     if found:
-        path, state = found
-        checkpoint.load(path, run.engine)
+        checkpoint.load(found, run.engine, place, ours)
+        state = found[1]
         loader.load_state_dict(state["data"])
         run.step, run.tokens, run.padding = state["step"], state["tokens"], state["padding"]
         run.wandb_id = state["wandb_id"]
@@ -236,8 +237,9 @@ def describe(cfg: Config, place: Mesh, vocab: int) -> dict[str, Any]:
     identity = {f"model.{k}": v for k, v in vars(cfg.model).items() if k != "name"}
     identity |= {f"attention.{k}": v for k, v in vars(cfg.attention).items() if k != "backend"}
     identity["model.vocab_size"] = vocab
+    identity["train.precision"] = cfg.train.precision
     layout = {"parallel.tp": place.tp.size, "parallel.pp": place.pp.size, "parallel.zero": cfg.parallel.zero}
-    layout |= {"data-parallel ranks": place.dp.size, "train.precision": cfg.train.precision}
+    layout["data-parallel ranks"] = place.dp.size
     return {"identity": plain(identity), "layout": plain(layout)}
 
 

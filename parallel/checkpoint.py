@@ -2,7 +2,7 @@
 
 A checkpoint is written into a fresh temporary folder, every file is synced and hashed, MANIFEST.json lists them with
 the run's own state, and one rename publishes it. A published step is never written again. Loading verifies every hash
-before anything is unpickled and falls back, loudly, to the one before.
+before anything is unpickled and falls back, loudly, to the one before. Another layout reads a conversion of the shards.
 """
 
 import hashlib
@@ -17,11 +17,12 @@ from typing import Any, Optional, TypeVar
 from configs.errors import CheckpointError
 from configs.schema import Resume
 from parallel.comm import host_gather, together
-from parallel.engine import Engine
+from parallel.engine import Engine, convert
 from parallel.mesh import Mesh
 
 VERSION = 1
 SHARDS = "shards"
+ZERO_3 = 3
 T = TypeVar("T")
 
 
@@ -47,8 +48,8 @@ def save(run: Path, step: int, engine: Engine, mesh: Mesh, state: dict[str, Any]
 def find(run: Path, mesh: Mesh, resume: Resume, state: dict[str, Any]) -> Optional[tuple[str, dict[str, Any]]]:
     """The newest checkpoint of `run` whose every file is whole, with its state; None for a new run. Collective.
 
-    Raises CheckpointError when `resume` forbids what is there, or when the checkpoint's model or layout is not the one
-    that `state` says this run has.
+    Raises CheckpointError when `resume` forbids what is there, when the checkpoint's model is not the one that `state`
+    says this run has, or when this run's layout cannot continue it.
     """
     if resume is Resume.never:
         if _agree(mesh, lambda: run.exists() and any(run.iterdir())):
@@ -71,9 +72,19 @@ def find(run: Path, mesh: Mesh, resume: Resume, state: dict[str, Any]) -> Option
     return None
 
 
-def load(path: str, engine: Engine) -> None:
-    """Read the weights and the optimizer state from a checkpoint that `find` returned. Collective."""
-    engine.load(path, SHARDS)
+def load(found: tuple[str, dict[str, Any]], engine: Engine, mesh: Mesh, state: dict[str, Any]) -> None:
+    """Read the weights and the optimizer state from a checkpoint that `find` returned. Collective.
+
+    If its layout is not that of `state`, through a converted copy beside it, which takes room on the disk meanwhile.
+    """
+    path, there = found
+    if there["layout"] == state["layout"]:
+        engine.load(path, SHARDS)
+        return
+    copy = Path(f"{path}.tmp")
+    _write(mesh, copy, lambda: convert(Path(path, SHARDS), _fresh(copy) / SHARDS) if mesh.rank == 0 else None)
+    engine.load_converted(str(copy), SHARDS)
+    _write(mesh, copy, lambda: shutil.rmtree(copy) if mesh.rank == 0 else None)  # all ranks have read it
 
 
 def published(run: Path) -> list[str]:
@@ -82,11 +93,12 @@ def published(run: Path) -> list[str]:
     return sorted((str(p) for p in paths if p.suffix != ".tmp"), reverse=True)
 
 
-def _fresh(temporary: Path) -> None:
-    """An empty folder; what an interrupted save left behind goes."""
+def _fresh(temporary: Path) -> Path:
+    """An empty folder; what an interrupted save or conversion left behind goes."""
     for stale in temporary.parent.glob("*.tmp"):
         shutil.rmtree(stale)
     temporary.mkdir(parents=True)
+    return temporary
 
 
 def _publish(temporary: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
@@ -142,7 +154,10 @@ def _damage(path: str, mesh: Mesh) -> Optional[str]:
 
 
 def _check_same(path: str, found: dict[str, Any], state: dict[str, Any]) -> None:
-    for part, why in (("identity", "was made by another model"), ("layout", "was made on another layout")):
+    parts = [("identity", "was made with other settings")]
+    if ZERO_3 in (found.get("layout", {}).get("parallel.zero"), state["layout"].get("parallel.zero")):
+        parts.append(("layout", "ZeRO 3 continues on its own layout only"))  # DeepSpeed converts the other stages
+    for part, why in parts:
         for key in sorted({**found.get(part, {}), **state[part]}):
             there, here = found.get(part, {}).get(key), state[part].get(key)
             if there != here:

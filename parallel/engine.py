@@ -2,8 +2,11 @@
 engine with ZeRO 1 on several. Its configuration comes from ours; nobody writes one by hand.
 """
 
+import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import deepspeed
@@ -95,6 +98,14 @@ class Engine:
             raise FileNotFoundError(f"{directory}/{tag}")
         return state
 
+    def load_converted(self, directory: str, tag: str) -> None:
+        """Read what `convert` wrote, on any layout with ZeRO 1 or 2."""
+        self.deepspeed._config.load_universal_checkpoint = True
+        try:
+            self.load(directory, tag)
+        finally:
+            self.deepspeed._config.load_universal_checkpoint = False
+
     def _train_plain(self, micro: list[MicroBatch], scale: Tensor) -> Tensor:
         self.deepspeed.train()
         total = torch.zeros((), device=self.mesh.device)
@@ -160,6 +171,18 @@ def deepspeed_config(cfg: Config, mesh: Mesh) -> dict[str, Any]:
         out["bf16"] = {"enabled": True, "immediate_grad_update": True}
         out["data_types"] = {"grad_accum_dtype": "fp32"}
     return out
+
+
+def convert(shards: Path, output: Path) -> None:
+    """Write shards of ZeRO 1 or 2, made on any layout, parameter by parameter (DeepSpeed's universal checkpoint).
+
+    In a process of its own: the converter has no other entrance. Raises OSError with the end of what it said.
+    """
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1"]
+    command += ["--num_merge_workers", "1", "--input_folder", str(shards), "--output_folder", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"conversion failed: {done.stderr.strip().splitlines()[-1:]}")
 
 
 def universal_checkpoint_info(module: torch.nn.Module) -> dict[str, Any]:

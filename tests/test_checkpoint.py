@@ -3,8 +3,11 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from configs.errors import CheckpointError
 from configs.schema import Config, Resume
@@ -12,7 +15,7 @@ from data.loader import Loader
 from data.shards import sha256
 from parallel import checkpoint, mesh
 from parallel.comm import host_sum
-from parallel.engine import Engine
+from parallel.engine import Engine, convert
 from tests import ranks, tiny
 
 VOCAB = 512
@@ -40,7 +43,8 @@ def steps(count: int, place: mesh.Mesh, loader: Loader, engine: Engine, first: i
 
 
 def state(cfg: Config, **more) -> dict:
-    layout = {"tp": cfg.parallel.tp, "pp": cfg.parallel.pp}
+    p = cfg.parallel
+    layout = {"parallel.tp": p.tp, "parallel.pp": p.pp, "parallel.zero": p.zero, "ranks": dist.get_world_size()}
     return {"identity": {"model.dim": cfg.model.dim}, "layout": layout, **more}
 
 
@@ -58,7 +62,7 @@ def resume(cfg: Config, count: int, how: Resume = Resume.auto) -> tuple[int, lis
     place, loader, engine = build(cfg)
     found = checkpoint.find(Path(cfg.run.dir), place, how, state(cfg))
     assert found is not None
-    checkpoint.load(found[0], engine)
+    checkpoint.load(found, engine, place, state(cfg))
     loader.load_state_dict(found[1]["data"])
     return found[1]["step"], steps(count, place, loader, engine, found[1]["step"])
 
@@ -157,13 +161,84 @@ def test_resume_must_and_never(cfg):
     assert ranks.run(1, look, cfg, Resume.must) == [str(folders(cfg)[0])]
 
 
-def test_another_model_or_layout_is_refused(saved):
+def test_another_model_is_refused(saved):
     says = ranks.run(1, look, tiny.change(saved, model__dim=128), Resume.auto)[0]
-    assert "another model" in says
+    assert "other settings" in says
     assert "model.dim=64, this run has 128" in says
-    says = ranks.run(2, look, tiny.change(saved, parallel__tp=2), Resume.auto)[1]
-    assert "another layout" in says
-    assert "tp=1, this run has 2" in says
+
+
+def test_zero_3_is_refused_on_another_layout(saved):
+    says = ranks.run(2, look, tiny.change(saved, parallel__zero=3), Resume.auto)[1]
+    assert "ZeRO 3 continues on its own layout only: parallel.zero=1, this run has 3" in says
+
+
+def contents(cfg: Config, step: int, folder: Path) -> dict[str, torch.Tensor]:
+    """The master weights and moments of each parameter that a checkpoint holds, whatever its layout."""
+    convert(Path(cfg.run.dir, "checkpoints", f"step-{step:08d}", checkpoint.SHARDS), folder / checkpoint.SHARDS)
+    found = sorted((folder / checkpoint.SHARDS / "zero").glob("*/*.pt"))
+    return {str(p.relative_to(folder)): torch.load(p, weights_only=False) for p in found}
+
+
+def save_at_once(cfg: Config) -> list[tuple[float, float]]:
+    """Continue, and save what was loaded as another step before the next two."""
+    place, loader, engine = build(cfg)
+    found = checkpoint.find(Path(cfg.run.dir), place, Resume.must, state(cfg))
+    checkpoint.load(found, engine, place, state(cfg))
+    checkpoint.save(Path(cfg.run.dir), 3, engine, place, state(cfg), 9)
+    loader.load_state_dict(found[1]["data"])
+    return steps(2, place, loader, engine, 2)
+
+
+@pytest.fixture(scope="module")
+def four(corpus, tmp_path_factory):
+    """Saved after two steps of four processes, and what two more steps gave."""
+    cfg = tiny.config(data__path=corpus, run__dir=str(tmp_path_factory.mktemp("four")), model__layers=2)
+    out = ranks.run(4, train_and_save, tiny.change(cfg, parallel__tp=2), (2,), 9, 4)
+    return cfg, out[0][2:]
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"), [(1, {}), (2, {"zero": 2}), (2, {"pp": 2}), (4, {"tp": 4, "sequence": True})], ids=str
+)
+def test_another_layout_continues_with_the_same_state(four, tmp_path, world, layout):
+    cfg, after = four
+    run = shutil.copytree(cfg.run.dir, tmp_path / "run")
+    cfg = tiny.change(cfg, run__dir=str(run), **{f"parallel__{k}": v for k, v in layout.items()})
+    for out in ranks.run(world, save_at_once, cfg):
+        for ours, theirs in zip(out, after, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6)
+    assert [p.name for p in folders(cfg)] == ["step-00000002", "step-00000003"], "the converted copy is gone"
+    ours, theirs = contents(cfg, 3, tmp_path / "ours"), contents(cfg, 2, tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    assert any(name.endswith("exp_avg_sq.pt") for name in ours)
+    for name, there in theirs.items():
+        assert same(ours[name], there), name
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Bit for bit, in dictionaries as well."""
+    if isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[k], theirs[k]) for k in theirs)
+    return torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs
+
+
+def test_a_conversion_that_fails_is_one_line(four, tmp_path):
+    cfg = tiny.change(four[0], run__dir=str(shutil.copytree(four[0].run.dir, tmp_path / "run")))
+    says = ranks.run(1, fail_to_convert, cfg)[0]
+    assert says.startswith("66 error: checkpoint")
+    assert "conversion failed" in says
+
+
+def fail_to_convert(cfg: Config) -> str:
+    """The shards go between verification and conversion."""
+    place, _, engine = build(cfg)
+    found = checkpoint.find(Path(cfg.run.dir), place, Resume.must, state(cfg))
+    shutil.rmtree(Path(found[0], checkpoint.SHARDS))
+    try:
+        checkpoint.load(found, engine, place, state(cfg))
+    except CheckpointError as e:
+        return f"{e.code} {e}"
+    return "loaded"
 
 
 def save_with_a_full_disk(cfg: Config) -> tuple[str, list[str], str]:
