@@ -83,8 +83,8 @@ def load(found: tuple[str, dict[str, Any]], engine: Engine, mesh: Mesh, state: d
         return
     copy = Path(f"{path}.tmp")
     _write(mesh, copy, lambda: convert(Path(path, SHARDS), _fresh(copy) / SHARDS) if mesh.rank == 0 else None)
-    engine.load_converted(str(copy), SHARDS)
-    _write(mesh, copy, lambda: shutil.rmtree(copy) if mesh.rank == 0 else None)  # all ranks have read it
+    _write(mesh, copy, lambda: engine.load_converted(str(copy), SHARDS))  # on return all ranks have read it
+    _write(mesh, copy, lambda: shutil.rmtree(copy) if mesh.rank == 0 else None)
 
 
 def published(run: Path) -> list[str]:
