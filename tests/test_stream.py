@@ -58,6 +58,36 @@ def test_what_two_processes_saved_continues_on_any_number(corpus, pair):
             assert [x for r in parts for x in batches(r)] == batches(alone)
 
 
+def test_two_processes_continue_with_the_rows_that_they_had_not_read(corpus, pair, tmp_path):
+    """As if they had been killed after their third step was saved: the same rows, losses and state from there."""
+    run = Path(shutil.copytree(pair, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    done = train(corpus, run, "train.steps=6", "checkpoint.every=3", processes=2)
+    assert "continues" in done.stdout
+    logged = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    again = [m for m in logged if "loss" in m][-3:]
+    expected = lines(pair)
+    assert [m["step"] for m in again] == [4, 5, 6]
+    for key in ("loss", "grad_norm", "tokens", "padding"):
+        assert [m[key] for m in again] == pytest.approx([expected[m["step"]][key] for m in again], rel=1e-5)
+    assert data_state(run, 6) == data_state(pair, 6)
+
+
+@pytest.mark.parametrize(("layout", "processes"), [([], 1), (["parallel.tp=2"], 2)], ids=["one", "tp2"])
+def test_what_two_processes_began_goes_on_elsewhere(corpus, pair, tmp_path, layout, processes):
+    """As if they had been killed after their third step was saved, and another number of processes started again."""
+    run = Path(shutil.copytree(pair, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    done = train(corpus, run, "train.steps=6", "checkpoint.every=3", *layout, processes=processes)
+    assert "continues" in done.stdout
+    again = [m for m in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in m][-3:]
+    expected = lines(pair)
+    assert [m["step"] for m in again] == [4, 5, 6]
+    for key in ("loss", "grad_norm", "tokens", "padding"):
+        assert [m[key] for m in again] == pytest.approx([expected[m["step"]][key] for m in again], rel=1e-5)
+    assert data_state(run, 6) == data_state(pair, 6)
+
+
 def test_a_mixture_on_two_processes_is_that_of_one(corpus, tmp_path):
     other = shutil.copytree(corpus, tmp_path / "other")
     mix = f"data.mix={{{corpus}: 0.75, {other}: 0.25}}"
