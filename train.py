@@ -327,6 +327,7 @@ def shared_config(store: dist.Store, rank: int, world: int) -> Optional[str]:
 
 def main() -> int:
     """Run alone or under torchrun. Returns the exit code; rank 0 also writes it into the file $SPARSETRON_EXIT_FILE."""
+    os.umask(0o027)  # what a run writes is for its user, and for the group to read
     stop, code = Stop(), 0
     if is_multirun() and os.environ.get("WORLD_SIZE", "1") == "1":
         return sweep.main(stop)

@@ -93,8 +93,19 @@ def _resolved(raw: DictConfig, world: int) -> str:
     if raw.twin is Twin.full:  # the run that the other options describe keeps its own directory
         raw.attention.kind, raw.run.dir = Kind.full, f"{raw.run.dir}-full"
     text = OmegaConf.to_yaml(raw, resolve=True)
+    _check_secrets(text)
     check(from_text(text), world)
     return text
+
+
+def _check_secrets(text: str) -> None:
+    """No configuration holds a secret: it is written into the run directory and into dashboards."""
+    fix = "leave it in the environment, where the part that needs it looks"
+    for name, value in os.environ.items():
+        if re.search("KEY|TOKEN|SECRET|PASSWORD", name, re.IGNORECASE) and len(value) >= 8 and value in text:
+            raise ConfigError("config", "command line", f"holds the value of ${name}", fix)
+    if re.search(r"://[^/\s@]+:[^/\s@]+@", text):
+        raise ConfigError("config", "command line", "holds an address with a password in it", fix)
 
 
 def _explain(error: Any) -> tuple[str, str, str]:

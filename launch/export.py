@@ -90,6 +90,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("output", type=Path, metavar="DIR", help="new directory")
     args = parser.parse_args(argv)
+    os.umask(0o027)
     try:
         print(f"{args.output}: {export(args.run, args.output)}")
     except RunError as e:

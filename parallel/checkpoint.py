@@ -2,7 +2,7 @@
 
 A checkpoint is written into a fresh temporary folder, every file is synced and hashed, MANIFEST.json lists them with
 the run's own state, and one rename publishes it. A published step is never written again. Loading verifies every hash
-before anything is unpickled and falls back, loudly, to the one before.
+before anything is read and falls back, loudly, to the one before.
 """
 
 import hashlib

@@ -76,7 +76,8 @@ def write(folder: Path, pieces: list[Piece], mesh: Mesh, updates: int) -> None:
     """Write this rank's file; of replicated parameters only the first rank does. `updates` is AdamW's counter."""
     mine = [piece for piece in pieces if piece.place.dim is not None or mesh.tp.rank == 0]
     tensors = {f"{k}/{p.place.name}": v.detach().cpu().clone() for p in mine for k, v in p.views.items()}
-    header = {"updates": str(updates), "places": json.dumps([vars(p.place) for p in mine])}
+    # One entry: several would come in another order each time, and equal states would not be equal files.
+    header = {"pieces": json.dumps({"updates": updates, "places": [vars(p.place) for p in mine]})}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / f"rank-{mesh.rank:05d}.safetensors", header)
 
@@ -93,9 +94,10 @@ class Reader:
 
     def _add(self, file: Any) -> None:
         header = file.metadata() or {}
-        if "places" in header:
-            self.updates = int(header["updates"])
-            places = [Place(**{**p, "shape": tuple(p["shape"])}) for p in json.loads(header["places"])]
+        if "pieces" in header:
+            listed = json.loads(header["pieces"])
+            self.updates = listed["updates"]
+            places = [Place(**{**p, "shape": tuple(p["shape"])}) for p in listed["places"]]
         else:
             whole = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             places = [Place(name, None, 0, 1, s, 0, torch.Size(s).numel()) for name, s in whole.items()]
