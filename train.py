@@ -342,10 +342,21 @@ def main() -> int:
         code = e.code
         if rank == 0:
             print(e, file=sys.stderr, flush=True)
+        if dist.is_initialized():  # its threads, still at work when the process ends, now and then abort it
+            dist.destroy_process_group()
     if rank == 0 and "SPARSETRON_EXIT_FILE" in os.environ:
         Path(os.environ["SPARSETRON_EXIT_FILE"]).write_text(str(code))
     return code
 
 
+def leave(code: int) -> None:
+    """End the process. After an error at once: threads of libraries now and then abort it, and its code is lost."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+    sys.exit(0)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
