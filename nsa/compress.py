@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from nsa.tiles import locate, precision, rows
 
@@ -96,7 +96,7 @@ def _part(width: int, most: int) -> int:
     return min(width & -width, most)
 
 
-@torch.library.custom_op("sparsetron::block_linear", mutates_args=())
+@library.custom_op("sparsetron::block_linear", mutates_args=())
 def block_linear(x: Tensor, w: Tensor, first: Tensor, tokens: Tensor, blocks: Tensor, l: int, d: int) -> Tensor:
     """w applied to the flattened blocks of l tokens of x: [n, h, e] -> [m, h, hidden].
 
@@ -121,7 +121,7 @@ def _(x, w, first, tokens, blocks, l, d):
     return x.new_empty(len(first), x.shape[1], len(w))
 
 
-@torch.library.custom_op("sparsetron::block_linear_backward", mutates_args=())
+@library.custom_op("sparsetron::block_linear_backward", mutates_args=())
 def _block_linear_backward(
     dy: Tensor, x: Tensor, w: Tensor, first: Tensor, tokens: Tensor, blocks: Tensor, l: int, d: int
 ) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from configs.schema import Attention, Branch
 from nsa import band, band_backward, gates, picked, score, tiles
@@ -53,7 +53,7 @@ def _documents(cu_seqlens: Tensor, starts: Tensor | None, sizes: Attention, devi
     return tiles.Documents.of(cu_seqlens, starts)
 
 
-@torch.library.custom_op("sparsetron::nsa", mutates_args=())
+@library.custom_op("sparsetron::nsa", mutates_args=())
 def _nsa(
     q: Tensor, k_cmp: Optional[Tensor], v_cmp: Optional[Tensor], k_slc: Optional[Tensor], v_slc: Optional[Tensor],
     k_win: Optional[Tensor], v_win: Optional[Tensor], gates_: Tensor, cu_seqlens: Tensor, starts: Optional[Tensor],
@@ -105,7 +105,7 @@ def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates_, cu_seqlens, starts, n
     return o, *out, q.new_empty(n, kv["slc"][0].shape[1], picks, dtype=torch.int32)
 
 
-@torch.library.custom_op("sparsetron::nsa_backward", mutates_args=())
+@library.custom_op("sparsetron::nsa_backward", mutates_args=())
 def _nsa_backward(
     do: Tensor, q: Tensor, k_cmp: Optional[Tensor], v_cmp: Optional[Tensor], k_slc: Optional[Tensor],
     v_slc: Optional[Tensor], k_win: Optional[Tensor], v_win: Optional[Tensor], gates_: Tensor, cu_seqlens: Tensor,
