@@ -4,6 +4,9 @@ Exit codes: 0 done or stopped by the user, 64 configuration, 65 data, 66 checkpo
 75 preempted or out of time (run again), 76 diverged.
 """
 
+import sys
+from collections.abc import Callable
+
 PREEMPTED = 75
 
 
@@ -42,3 +45,13 @@ class DivergedError(RunError):
     """The loss or the gradient is no longer a number."""
 
     code = 76
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Of a command that does `work`: an error that the user can act on is its line on stderr and its code."""
+    try:
+        work()
+    except RunError as e:
+        print(e, file=sys.stderr, flush=True)
+        return e.code
+    return 0

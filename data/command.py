@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn, Optional
 
-from configs.errors import PREEMPTED, ConfigError, RunError
+from configs.errors import PREEMPTED, ConfigError, exit_code
 
 BAR = 30  # letters
 
@@ -35,17 +35,13 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
 def run(work: Callable[[], None]) -> int:
     """The exit code of `work`; what it raises is one line on stderr."""
     try:
-        work()
-    except RunError as e:
-        print(e, file=sys.stderr)
-        return e.code
+        return exit_code(work)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return PREEMPTED
     except BrokenPipeError:  # of who reads our output, as head does
         sys.stderr.close()
         return 0
-    return 0
 
 
 class Progress:

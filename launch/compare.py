@@ -12,7 +12,7 @@ from typing import Any, Optional
 from rich.console import Console
 from rich.table import Table
 
-from configs.errors import ConfigError, RunError
+from configs.errors import ConfigError, exit_code
 from launch.runs import Measured, find, read
 
 COLUMNS = {  # heading: how to show it
@@ -111,6 +111,8 @@ def compare(directories: list[str], output: Path) -> None:
     """Print the table of the runs at or below `directories`, and write the report. Raises RunError."""
     from launch import report  # matplotlib takes a second
 
+    if output.suffix != ".html":
+        raise ConfigError("option", f"--output {output}", "the report is HTML", "give a name that ends in .html")
     runs = [read(path) for directory in directories for path in find(directory)]
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table(runs))
@@ -127,16 +129,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or one that holds several")
     parser.add_argument("--output", type=Path, default=Path("compare.html"), help="the report (.html)")
     args = parser.parse_args(argv)
-    try:
-        if args.output.suffix != ".html":
-            raise ConfigError(
-                "option", f"--output {args.output}", "the report is HTML", "give a name that ends in .html"
-            )
-        compare(args.runs, args.output)
-    except RunError as e:
-        print(e, file=sys.stderr)
-        return e.code
-    return 0
+    return exit_code(lambda: compare(args.runs, args.output))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from configs.errors import CheckpointError, RunError
+from configs.errors import CheckpointError, exit_code
 from configs.schema import Config, Data, sources
 from data import tokenizer
 from data.shards import parse_manifest
@@ -91,12 +91,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser.add_argument("output", type=Path, metavar="DIR", help="new directory")
     args = parser.parse_args(argv)
     os.umask(0o027)
-    try:
-        print(f"{args.output}: {export(args.run, args.output)}")
-    except RunError as e:
-        print(e, file=sys.stderr)
-        return e.code
-    return 0
+    return exit_code(lambda: print(f"{args.output}: {export(args.run, args.output)}"))
 
 
 if __name__ == "__main__":

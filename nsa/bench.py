@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configs.errors import ConfigError, RunError
+from configs.errors import ConfigError, RunError, exit_code
 from configs.schema import Attention, Backend
 from nsa import Documents, NSACore, nsa_attention
 from nsa.cases import Case, make_inputs
@@ -363,12 +363,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", default="runs/bench", help="directory for nsa.json and nsa.png (%(default)s)")
     parser.add_argument("--tflops", type=float, default=TFLOPS, help="of the floor (%(default)s)")
     parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="of the floor, TB/s (%(default)s)")
-    try:
-        run(parser.parse_args(argv))
-    except RunError as e:
-        print(e, file=sys.stderr)
-        return e.code
-    return 0
+    args = parser.parse_args(argv)
+    return exit_code(lambda: run(args))
 
 
 if __name__ == "__main__":
