@@ -203,7 +203,7 @@ def evaluate(run: Run) -> None:
         return
     run.held_out.reset()
     total, targets = 0.0, 0
-    by_position = LossByPosition(run.engine.deepspeed.module, run.mesh, run.cfg.data.seq_len)
+    by_position = LossByPosition(run.engine.deepspeed.module, run.engine.loss_of, run.mesh, run.cfg.data.seq_len)
     for _ in range(run.cfg.train.eval_batches):
         batches, totals = next_batches(run, run.held_out)
         by_position.expect([b.labels for b in batches])

@@ -54,9 +54,10 @@ class Precision(Enum):
 
 
 class Recompute(Enum):
-    """What is computed again in backward instead of kept: nothing, or each block whole."""
+    """What is computed again in backward instead of kept: nothing, what follows attention in a block, or each block."""
 
     none = "none"
+    mlp = "mlp"
     full = "full"
 
 
@@ -146,6 +147,7 @@ class Parallel:
     zero: int = 1
     sequence: bool = False  # Megatron sequence parallelism: activations between the tp regions are split over tokens
     recompute: Recompute = Recompute.none
+    compile: Optional[bool] = None  # fuse what lies around attention (torch.compile); null: on a GPU, unless zero=3
     timeout: int = 600  # seconds until a collective that waits for a lost rank fails
 
 

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.schema import Config, Optim, Precision, micro_batches
+from nsa.documents import Documents, send
 from parallel import init, pieces
-from parallel.attention import Documents
+from parallel.compiler import compiler
 from parallel.guard import Guard
-from parallel.loss import vocab_parallel_cross_entropy
+from parallel.loss import CrossEntropy
 from parallel.mesh import Mesh
 from parallel.norms import parameter_norms
 from parallel.pipeline import Pipeline
@@ -41,8 +42,8 @@ class MicroBatch:
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> "MicroBatch":
-        """Copy to the device."""
-        tokens, labels = (x.flatten().to(device).long() for x in (batch.tokens, batch.labels))
+        """Copy to the device, without waiting for it."""
+        tokens, labels = (send(x.flatten(), device).long() for x in (batch.tokens, batch.labels))
         return cls(tokens, labels, Documents.of(batch.cu_seqlens, device))
 
 
@@ -56,13 +57,15 @@ class Engine:
         self.mesh = mesh
         self.zero = cfg.parallel.zero
         self.gas = micro_batches(cfg, mesh.world)
-        module = Pipeline(cfg, vocab, mesh) if mesh.pp.size > 1 else Transformer(cfg, vocab, mesh)
+        self.loss_of = CrossEntropy(mesh.tp, compiler(cfg.parallel, mesh.device))
+        pipelined = mesh.pp.size > 1
+        module = Pipeline(cfg, vocab, mesh, self.loss_of) if pipelined else Transformer(cfg, vocab, mesh)
         init.initialize(module, cfg.model, cfg.seed, mesh.tp)
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer(module, cfg.optim, mesh.device),
             config=deepspeed_config(cfg, mesh),
-            mpu=None if mesh.pp.size > 1 else _Mpu(mesh),
+            mpu=None if pipelined else _Mpu(mesh),
         )
         self.guard: Optional[Guard] = None
         self.norms: dict[str, dict[str, float]] = {}  # of the last step that could have been the guard's last
@@ -84,7 +87,7 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         micro = [MicroBatch.of(b, self.mesh.device) for b in batches]
-        scale = torch.tensor(self.gas * self.mesh.dp.size / max(targets, 1), device=self.mesh.device)
+        scale = torch.full((), self.gas * self.mesh.dp.size / max(targets, 1), device=self.mesh.device)
         run = self._train_pipeline if self.mesh.pp.size > 1 else self._train_plain
         loss = run(micro, scale)
         # Where DeepSpeed itself left the update out, as a gradient is no number, its norm may be an earlier step's.
@@ -96,7 +99,7 @@ class Engine:
     def eval_step(self, batches: Iterable[Batch], targets: int) -> Tensor:
         """Mean loss over the `targets` labels of a global batch, without learning from it."""
         micro = [MicroBatch.of(b, self.mesh.device) for b in batches]
-        scale = torch.tensor(len(micro) * self.mesh.dp.size / max(targets, 1), device=self.mesh.device)
+        scale = torch.full((), len(micro) * self.mesh.dp.size / max(targets, 1), device=self.mesh.device)
         run = self._eval_pipeline if self.mesh.pp.size > 1 else self._eval_plain
         return run(micro, scale)
 
@@ -187,7 +190,7 @@ class Engine:
 
     def _loss(self, batch: MicroBatch, scale: Tensor) -> Tensor:
         logits = self.deepspeed(batch.tokens, batch.documents)
-        return vocab_parallel_cross_entropy(logits, batch.labels, self.mesh.tp) * scale
+        return self.loss_of(logits, batch.labels) * scale
 
     def _mean(self, total: Tensor, count: int) -> Tensor:
         """Mean over `count` micro-batches and the data-parallel ranks."""
