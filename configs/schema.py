@@ -157,6 +157,7 @@ class Data:
 
     path: Optional[str] = None  # a directory, or an http(s):// or s3:// address; or else:
     mix: Any = None  # several of them with weights, {DIR_A: 0.7, DIR_B: 0.3}; the colon of an address is written \:
+    random: Optional[int] = None  # or no data set, but random tokens below this number, one document a row
     seq_len: int = 1024
     long_documents: LongDocuments = LongDocuments.carry
     verify: bool = False  # compare each shard's whole hash when it is opened; pages are always checked at first use
@@ -201,6 +202,7 @@ class Checkpoint:
     """When to save and how many to keep."""
 
     every: int = 0  # steps; 0: only after the last one
+    last: bool = True  # also after the last step, or when the run is asked to stop
     keep: int = 2
 
 
