@@ -22,9 +22,14 @@ from configs.schema import (
 
 def check(cfg: Config, world: int) -> None:
     """Apply every rule to a run on `world` processes. Raises ConfigError with the first one that is broken."""
+    _check_paths(cfg)
+    check_sizes(cfg, world)
+
+
+def check_sizes(cfg: Config, world: int) -> None:
+    """Apply the rules that do not depend on where a run reads and writes."""
     _check_ranges(cfg)
     _check_profile(cfg.profile)
-    _check_paths(cfg)
     _check_model(cfg)
     if cfg.attention.kind is Kind.nsa:
         _check_nsa(cfg.attention)

@@ -62,14 +62,14 @@ def _memory(cfg: Config, vocab: int, world: int, stage: Stage) -> Memory:
     if stage.of > 1:  # the engine has what a stage received and what it sent
         kept["boundaries"] = 2 * residual(cfg)
     moments = {
-        "backward of a block": flight * sum(kept.values()) + _backward(cfg) + 2 * residual(cfg),
+        "backward": flight * sum(kept.values()) + _backward(cfg) + 2 * residual(cfg),
         "update": _update(cfg, counts, dp),
     }
     if stage.last:
         logits = width(cfg) * tokens(cfg) * vocab // cfg.parallel.tp
         kept |= {"head": width(cfg) * tokens(cfg) * cfg.model.dim + norm(cfg, fused=False), "logits": logits}
         moments["loss"] = sum(kept.values()) + _loss(cfg, vocab)
-        moments["backward of a block"] += OUTPUTS * logits * (stage.of > 1)
+        moments["backward"] += OUTPUTS * logits * (stage.of > 1)
         moments["loss"] += (OUTPUTS - 1) * logits * (stage.of > 1)
     return Memory(stage, counts, **held, activations=kept, in_flight=flight, moments=moments)
 
