@@ -63,15 +63,21 @@ class Plan:
 
     def step(self, node: int, network: float) -> float:
         """Seconds of a step, an estimate: assumed efficiencies, and no communication hidden behind work."""
-        cfg, f = self.cfg, self.flops
-        attention = EFFICIENCY["full" if cfg.attention.kind is Kind.full else "nsa"]
-        head = metrics.BACKWARD * 2 * cfg.train.global_batch * cfg.data.seq_len * cfg.model.dim * self.vocab
-        blocks = (f.linear - head) / EFFICIENCY["linear"] + (f.total - f.linear) / attention
-        if cfg.parallel.recompute is Recompute.full:
-            blocks *= 1 + 1 / metrics.BACKWARD
-        work = (blocks + head / EFFICIENCY["linear"]) / self.world / self.gpu.peak
+        f, attention = self.flops, EFFICIENCY["full" if self.cfg.attention.kind is Kind.full else "nsa"]
+        work = (f.linear + self._again) / EFFICIENCY["linear"] + (f.total - f.linear) / attention
+        if self.cfg.parallel.recompute is Recompute.full:
+            work += (f.total - f.linear) / metrics.BACKWARD / attention
         waits = max(sum(self.seconds(t, node, network) for t in sent) for sent in self.sent)
-        return work / (1 - self.bubble) + waits
+        return work / self.world / self.gpu.peak / (1 - self.bubble) + waits
+
+    @property
+    def _again(self) -> float:
+        """FLOPs of matrix products that are computed again in backward."""
+        cfg, m = self.cfg, self.cfg.model
+        forward = 2 * cfg.train.global_batch * cfg.data.seq_len
+        after = forward * m.layers * m.dim * (3 * m.mlp_dim + m.heads * m.v_dim)
+        whole = self.flops.linear / metrics.BACKWARD - forward * m.dim * self.vocab
+        return {Recompute.none: 0.0, Recompute.mlp: after, Recompute.full: whole}[cfg.parallel.recompute]
 
 
 def plan(cfg: Config, vocab: int, world: int, gpu: Gpu) -> Plan:

@@ -119,7 +119,8 @@ def _update(cfg: Config, counts: dict[str, int], dp: int) -> int:
     if cfg.parallel.zero > 1:
         return 4 * count // dp  # the gradients of this rank once more, flat
     fits = count - counts["norms"] <= REDUCED_AT_ONCE
-    return 4 * (count if fits else counts["norms"])  # both groups in one all-reduce are copied for it
+    joined = 4 * (count if fits else counts["norms"])  # of both groups, if they share an all-reduce
+    return joined + (width(cfg) * count if width(cfg) < 4 else 0)  # which is made in bf16
 
 
 def norm(cfg: Config, fused: bool) -> int:
@@ -172,7 +173,7 @@ def nsa_shape(cfg: Config) -> sparse.Shape:
 def _backward(cfg: Config) -> int:
     """The most that backward of the last block holds beside what was kept of all blocks."""
     m, tp, w, n = cfg.model, cfg.parallel.tp, width(cfg), tokens(cfg)
-    weight = (w + 4) * m.dim * m.mlp_dim // tp  # a gradient as it comes, and on its way into the sum
+    weight = (3 * w + 4) * m.dim * m.mlp_dim // tp  # gradients as they come, and one on its way into the sum
     mlp = 2 * w * n * m.mlp_dim // tp + weight
     if cfg.attention.kind is Kind.nsa:
         attention = sparse.backward(nsa_shape(cfg), cfg.attention)

@@ -6,15 +6,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from configs.schema import Backend, Recompute
+from configs.schema import Backend, Precision, Recompute
+from data.synthetic import RandomRows
 from launch import plan
 from launch.advice import advise
 from launch.cluster import GPUS
 from nsa.documents import Documents
 from parallel import comm, memory, sizes, traffic
+from parallel.engine import Engine
 from parallel.mesh import build
 from parallel.transformer import Transformer
-from tests import ranks
+from tests import ranks, tiny
 from tests.test_memory import TOKENS, VOCAB, wide
 
 RUNS = [
@@ -142,3 +144,28 @@ def test_what_tensor_parallel_ranks_send(kind, sequence, recompute):
     loss = 2 * 0.5 * 3 * 4 * memory.tokens(cfg)
     for found in ranks.run(2, sent_by_layers, cfg):
         assert found == pytest.approx(expected.bytes - loss, rel=0.001)
+
+
+def reduced_by_an_engine(cfg) -> int:
+    """Bytes that DeepSpeed gives to all-reduces of gradients in a step."""
+    place, found = build(1, 1), []
+    rows = RandomRows(VOCAB, cfg.data.seq_len, cfg.train.global_batch, 1, 0, place.dp.rank, place.dp.size)
+    engine, real = Engine(cfg, VOCAB, place), dist.all_reduce
+
+    def all_reduce(tensor, *args, **kwargs):
+        found.append(tensor.nbytes)
+        return real(tensor, *args, **kwargs)
+
+    dist.all_reduce = all_reduce
+    engine.train_step(rows.next_step(), cfg.train.global_batch * cfg.data.seq_len, 1e-3)
+    return sum(found)
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_what_data_parallel_ranks_reduce(zero):
+    run = dict(train__precision=Precision.bf16, train__global_batch=6, data__seq_len=32)  # three micro-batches
+    cfg = tiny.config("nsa", **run, parallel__zero=zero)
+    (expected,) = traffic.of_stage(cfg, VOCAB, 2, sizes.stages(cfg)[0])
+    fetched = 0.5 * 2 * sizes.whole(cfg, VOCAB)
+    for found in ranks.run(2, reduced_by_an_engine, cfg):
+        assert 2 * 0.5 * found == pytest.approx(expected.bytes - fetched, rel=0.01)
