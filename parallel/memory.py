@@ -105,12 +105,13 @@ def _held(cfg: Config, count: int, dp: int) -> dict[str, int]:
     zero, w, optimizer = cfg.parallel.zero, width(cfg), 12 * count // dp
     if zero == 1:  # gradients are summed in fp32, whole
         return {"weights": w * count, "gradients": 4 * count, "optimizer": optimizer, "buffers": 0}
-    gradients = 4 * count // dp
-    if zero == 2:
-        bucket = w * min(BUCKET, count)
-        return {"weights": w * count, "gradients": gradients, "optimizer": optimizer, "buffers": bucket}
-    buffers = w * (BUCKET + (min(count, GATHERED) if dp > 1 else 0))
-    return {"weights": w * count // dp, "gradients": gradients, "optimizer": optimizer, "buffers": buffers}
+    gathered = w * min(count, GATHERED) * (zero == 3 and dp > 1)
+    return {
+        "weights": w * count // (dp if zero == 3 else 1),
+        "gradients": 4 * count // dp,
+        "optimizer": optimizer,
+        "buffers": w * BUCKET + gathered,
+    }
 
 
 def _update(cfg: Config, counts: dict[str, int], dp: int) -> int:
