@@ -55,16 +55,17 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Ten
     which takes longer than the attention, so that it only serves the former.
     """
     lengths = cu_seqlens.diff().tolist()
-    same = len(set(lengths)) == 1
-    batches = [(len(lengths), lengths[0])] if same else [(1, n) for n in lengths]
-    parts = [t.split([b * n for b, n in batches]) for t in (q, k, v)]
-    out = []
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] * same + ANY_LENGTH, set_priority=True):
-        for batch, *qkv in zip(batches, *parts):
-            heads = (t.unflatten(0, batch).transpose(1, 2) for t in qkv)  # [documents, heads, tokens, width]
-            o = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
-            out.append(o.transpose(1, 2).flatten(0, 1))
-    return torch.cat(out)
+    if len(set(lengths)) == 1:
+        return _attend(q, k, v, (len(lengths), lengths[0]), [SDPBackend.CUDNN_ATTENTION, *ANY_LENGTH])
+    parts = zip(lengths, *(t.split(lengths) for t in (q, k, v)))
+    return torch.cat([_attend(*qkv, (1, n), ANY_LENGTH) for n, *qkv in parts])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, batch: tuple[int, int], backends: list[SDPBackend]) -> Tensor:
+    """Of documents of one length, (how many, tokens), one after the other."""
+    heads = (t.unflatten(0, batch).transpose(1, 2) for t in (q, k, v))  # [documents, heads, tokens, width]
+    with sdpa_kernel(backends, set_priority=True):
+        return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
 
 
 class SparseAttention(nn.Module):

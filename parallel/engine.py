@@ -5,6 +5,7 @@ engine with ZeRO 1 on several. Its configuration comes from ours; nobody writes 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any, Optional, Protocol
 
 import deepspeed
@@ -71,6 +72,8 @@ class Engine:
         self.norms: dict[str, dict[str, float]] = {}  # of the last step that could have been the guard's last
         self.accepted: Optional[bool] = None  # by the guard, in this step; None: not asked yet
         self.deepspeed.optimizer.optimizer.register_step_pre_hook(self._before_update)
+        if cfg.train.precision is Precision.bf16 and hasattr(self.deepspeed.optimizer, "_update_hp_grad"):
+            self.deepspeed.optimizer._update_hp_grad = MethodType(_accumulate, self.deepspeed.optimizer)
         self._update = self.deepspeed.optimizer.step
         self.deepspeed.optimizer.step = self._watched_update
 
@@ -206,6 +209,18 @@ class Engine:
         self.deepspeed.module.documents = iter([b.documents for b in micro])
         data = iter([(b.tokens, (b.labels, scale)) for b in micro])
         return self.deepspeed.eval_batch(data, num_micro_batches=len(micro)).squeeze()
+
+
+def _accumulate(self: Any, lp: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
+    """BF16_Optimizer._update_hp_grad without the fp32 copy of the gradient, which took longer than the sum."""
+    if lp.grad is None:
+        return
+    total = self.fp32_groups_gradients[group][index]
+    total.add_(lp.grad.view(total.shape))
+    lp._hp_grad = total
+    self.fp32_groups_has_gradients[group][index] = True
+    if clear_lp_grads:
+        lp.grad.zero_()
 
 
 def optimizer(module: torch.nn.Module, cfg: Optim, device: torch.device) -> torch.optim.Optimizer:
