@@ -153,7 +153,7 @@ def _attention(cfg: Config) -> dict[str, int]:
     else:
         turned = [n, n]
         out["queries, keys, values"] = w * n * (heads * m.qk_dim + kv_heads * (m.qk_dim + m.v_dim))
-        out["output of attention"] = 2 * output + 4 * n * heads  # as the kernel gave it and joined; log-sum-exp
+        out["output of attention"] = output + 4 * n * heads  # and log-sum-exp
     return out | ({} if compiled(cfg) else {"angles": 4 * m.qk_dim * sum(turned)})
 
 
@@ -174,8 +174,7 @@ def nsa_shape(cfg: Config) -> sparse.Shape:
 def _backward(cfg: Config) -> int:
     """The most that backward of the last block holds beside what was kept of all blocks."""
     m, tp, w, n = cfg.model, cfg.parallel.tp, width(cfg), tokens(cfg)
-    weight = (3 * w + 4) * m.dim * m.mlp_dim // tp  # gradients as they come, and one on its way into the sum
-    mlp = 2 * w * n * m.mlp_dim // tp + weight
+    mlp = 2 * w * n * m.mlp_dim // tp + 3 * w * m.dim * m.mlp_dim // tp  # also gradients of weights, until summed
     if cfg.attention.kind is Kind.nsa:
         attention = sparse.backward(nsa_shape(cfg), cfg.attention)
     else:  # gradients of output, queries, keys and values; in fp32 sums of those of queries, and <do, o>
@@ -193,7 +192,6 @@ def _backward(cfg: Config) -> int:
 def _loss(cfg: Config, vocab: int) -> int:
     """The most that loss and head hold at a time beside what was kept and the logits."""
     d, tp, w, n = cfg.model.dim, cfg.parallel.tp, width(cfg), tokens(cfg)
-    head = w * (n * d + d * vocab // tp)  # gradients of its input and weight; the logits' is written over them
-    adding = (w + 4) * d * vocab // tp + w * n * d - w * n * vocab // tp  # when the logits are gone
+    head = w * (n * d + d * vocab // tp)  # gradients of its input and weight; that of the logits is written over them
     probabilities = 0 if compiled(cfg) else 3 * 4 * n * vocab // tp
-    return max(head, adding, probabilities)
+    return max(head, probabilities)
