@@ -20,6 +20,7 @@ from parallel.transformer import Transformer, layers
 from tests import ranks, tiny
 
 VOCAB, TOKENS = 512, 256
+DEVICE = {"full": "cpu", "nsa": "cuda" if torch.cuda.is_available() else "meta"}  # where what a GPU keeps can be seen
 
 
 def a_mesh(tp: int, device: str) -> Mesh:
@@ -128,7 +129,7 @@ RECOMPUTE = list(Recompute)
 def test_what_compiled_blocks_keep(kind, recompute):
     cfg = wide(kind, parallel__recompute=recompute)
     expected = cfg.model.layers * sum(memory.kept_by_block(cfg).values())
-    assert kept(cfg, a_mesh(1, "cpu" if kind == "full" else "meta")) == pytest.approx(expected, rel=0.02)
+    assert kept(cfg, a_mesh(1, DEVICE[kind])) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE, ids=str)
@@ -138,9 +139,9 @@ def test_what_blocks_keep_under_zero_3_which_does_not_compile(kind, recompute):
     assert not memory.compiled(cfg)
     expected = cfg.model.layers * sum(memory.kept_by_block(cfg).values())
     norms = {Recompute.none: 2, Recompute.mlp: 1, Recompute.full: 0}[recompute]
-    # Off a GPU RMSNorm is no kernel, and what it gives before its scale is kept too.
+    norms *= DEVICE[kind] != "cuda"  # elsewhere RMSNorm is no kernel, and what it gives before its scale is kept too
     expected += norms * cfg.model.layers * 4 * TOKENS * cfg.model.dim
-    assert kept(cfg, a_mesh(1, "cpu" if kind == "full" else "meta")) == pytest.approx(expected, rel=0.02)
+    assert kept(cfg, a_mesh(1, DEVICE[kind])) == pytest.approx(expected, rel=0.02)
 
 
 SPARSE = [
@@ -156,7 +157,7 @@ SPARSE = [
 def test_what_other_kinds_of_sparse_attention_keep(changes):
     cfg = wide("nsa", **changes)
     expected = cfg.model.layers * sum(memory.kept_by_block(cfg).values())
-    assert kept(cfg, a_mesh(1, "meta")) == pytest.approx(expected, rel=0.02)
+    assert kept(cfg, a_mesh(1, DEVICE["nsa"])) == pytest.approx(expected, rel=0.02)
 
 
 def kept_here(sequence: bool) -> tuple[int, int]:
@@ -197,11 +198,11 @@ def bytes_of_an_engine(cfg) -> int:
 def test_what_an_engine_holds_between_steps(zero, tp):
     changes = dict(model__dim=256, model__qk_dim=32, model__v_dim=32, model__mlp_dim=512, data__seq_len=32)
     cfg = tiny.config("nsa", **changes, parallel__zero=zero, parallel__tp=tp, train__precision=Precision.bf16)
-    expected = memory.by_stage(cfg, VOCAB, 4)[0]
+    expected = memory.by_stage(cfg, VOCAB, 2 * tp)[0]
     held = expected.held - memory.WORKSPACE
     if zero == 2:  # gradients and their bucket end with a step
         held -= expected.gradients + 2 * memory.BUCKET
     if zero == 3:  # what was gathered ends with a backward pass
         held -= 2 * sum(expected.parameters.values())
-    for found in ranks.run(4, bytes_of_an_engine, cfg):
+    for found in ranks.run(2 * tp, bytes_of_an_engine, cfg):
         assert found == pytest.approx(held, rel=0.02)

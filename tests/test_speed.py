@@ -38,8 +38,8 @@ def test_a_row_and_its_twin_give_figures(tmp_path, capsys):
 
 def test_two_processes_that_take_too_long_are_ended():
     row = Row("slow", 2, TINY.overrides)
-    found = bench.measure(row, 100_000, 1, 25.0)
-    assert found["ended"] == "after the limit of 25 s"
+    found = bench.measure(row, 100_000, 1, 20.0)
+    assert found["ended"] == "after the limit of 20 s"
     assert found["intervals"] > 0, found["said"]
     assert found["environment"]["world"] == 2
 
