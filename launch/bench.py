@@ -24,7 +24,7 @@ from rich.table import Table
 
 from configs.errors import ConfigError, RunError, exit_code
 from launch import plan
-from launch.cluster import GIB, GPUS
+from launch.cluster import GIB, GPUS, Cluster
 from launch.rows import ROWS, Row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,8 +67,8 @@ def measure(row: Row, steps: int, every: int, limit: float) -> dict[str, Any]:
 
 def planned(row: Row) -> float:
     """What launch.plan says that rank 0 has allocated at its peak, in GiB."""
-    cfg = plan.read(row.overrides.split(), row.processes)
-    return plan.plan(cfg, plan.vocabulary(cfg), row.processes, GPUS["h200"]).stages[0].peak / GIB
+    cluster = Cluster(row.processes, GPUS["h200"])
+    return plan.plan(plan.read(row.overrides.split(), row.processes), cluster).stages[0].peak / GIB
 
 
 def _run(processes: int, overrides: list[str], limit: float, output: Path) -> str:

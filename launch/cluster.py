@@ -30,6 +30,20 @@ class Gpu:
         return peak
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """So many GPUs of a kind."""
+
+    gpus: int
+    gpu: Gpu
+    node: int = NODE
+    network: float = NETWORK
+
+    def link(self, span: int) -> float:
+        """GB/s among neighbours from the first of whom to the last there are `span` GPUs."""
+        return self.gpu.link if span <= self.node else self.network
+
+
 GPUS = {
     "h200": Gpu("H200", 139.8, 345.0),  # measured: bus bandwidth of an all-reduce of 512 MiB among four
     "h100": Gpu("H100", 79.1, 345.0),

@@ -20,7 +20,7 @@ from configs.errors import ConfigError, exit_code
 from configs.rules import check_sizes
 from configs.schema import Config, Kind, Recompute, data_parallel, micro_batches
 from launch.advice import advise
-from launch.cluster import CONTEXT, EFFICIENCY, FRAGMENTED, GIB, GPUS, NCCL, NETWORK, NODE, Gpu
+from launch.cluster import CONTEXT, EFFICIENCY, FRAGMENTED, GIB, GPUS, NCCL, NETWORK, NODE, Cluster
 from launch.compose import compose, from_text
 from parallel import memory, metrics, sizes, traffic
 from parallel.memory import Memory
@@ -31,12 +31,11 @@ VOCABULARY = 50_304  # where nothing says how many tokens the data have
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one run on `world` GPUs of a kind."""
+    """Of one run on a cluster."""
 
     cfg: Config
     vocab: int
-    world: int
-    gpu: Gpu
+    cluster: Cluster
     stages: list[Memory]
     sent: list[list[Traffic]]  # by stage
     flops: metrics.Flops  # of a step, over all ranks
@@ -50,25 +49,34 @@ class Plan:
     def needed(self, m: Memory) -> float:
         """GiB of a GPU of a stage: the peak, what the allocator wastes, and what is outside of it."""
         p = self.cfg.parallel
-        groups = sum(size > 1 for size in (self.world, p.tp, p.pp, data_parallel(self.cfg, self.world)))
+        groups = sum(size > 1 for size in (self.cluster.gpus, p.tp, p.pp, data_parallel(self.cfg, self.cluster.gpus)))
         return m.peak / GIB * FRAGMENTED + CONTEXT + NCCL * groups
 
     @property
     def fits(self) -> bool:
-        return self.needed(self.fullest) <= self.gpu.gib
+        return self.needed(self.fullest) <= self.cluster.gpu.gib
 
-    def seconds(self, sent: Traffic, node: int, network: float) -> float:
+    def seconds(self, sent: Traffic) -> float:
         """That a kind of traffic takes where nothing else is to be done."""
-        return sent.bytes / 1e9 / (self.gpu.link if sent.span <= node else network)
+        return sent.bytes / 1e9 / self.cluster.link(sent.span)
 
-    def step(self, node: int, network: float) -> float:
+    @property
+    def step(self) -> float:
         """Seconds of a step, an estimate: assumed efficiencies, and no communication hidden behind work."""
         f, attention = self.flops, EFFICIENCY["full" if self.cfg.attention.kind is Kind.full else "nsa"]
         work = (f.linear + self._again) / EFFICIENCY["linear"] + (f.total - f.linear) / attention
         if self.cfg.parallel.recompute is Recompute.full:
             work += (f.total - f.linear) / metrics.BACKWARD / attention
-        waits = max(sum(self.seconds(t, node, network) for t in sent) for sent in self.sent)
-        return work / self.world / self.gpu.peak / (1 - self.bubble) + waits
+        waits = max(sum(map(self.seconds, sent)) for sent in self.sent)
+        return work / self.cluster.gpus / self.cluster.gpu.peak / (1 - self.bubble) + waits
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.cfg.train.global_batch * self.cfg.data.seq_len / self.step
+
+    @property
+    def mfu(self) -> float:
+        return self.flops.total / self.step / self.cluster.gpus / self.cluster.gpu.peak
 
     @property
     def _again(self) -> float:
@@ -80,12 +88,13 @@ class Plan:
         return {Recompute.none: 0.0, Recompute.mlp: after, Recompute.full: whole}[cfg.parallel.recompute]
 
 
-def plan(cfg: Config, vocab: int, world: int, gpu: Gpu) -> Plan:
-    """The arithmetic of a run that configs.rules allows."""
+def plan(cfg: Config, cluster: Cluster) -> Plan:
+    """The arithmetic of a run that configs.rules allows. Raises ConfigError if its vocabulary cannot be cut."""
+    vocab, world = vocabulary(cfg), cluster.gpus
     stages = memory.by_stage(cfg, vocab, world)
     sent = [traffic.of_stage(cfg, vocab, world, m.stage) for m in stages]
     flops = metrics.flops(cfg, vocab, [cfg.data.seq_len] * cfg.train.global_batch)
-    return Plan(cfg, vocab, world, gpu, stages, sent, flops, traffic.bubble(cfg, world))
+    return Plan(cfg, vocab, cluster, stages, sent, flops, traffic.bubble(cfg, world))
 
 
 def vocabulary(cfg: Config) -> int:
@@ -97,10 +106,10 @@ def vocabulary(cfg: Config) -> int:
     return size
 
 
-def show(p: Plan, node: int, network: float, console: Console) -> None:
+def show(p: Plan, console: Console) -> None:
     """Print it."""
-    parts = [*_about(p), _memory_table(p), *([_traffic_table(p, node, network)] if p.world > 1 else [])]
-    for part in [*parts, _speed(p, p.step(node, network))]:
+    sent = [_traffic_table(p)] if p.cluster.gpus > 1 else []
+    for part in [*_about(p), _memory_table(p), *sent, _speed(p)]:
         console.print(part, highlight=False)
 
 
@@ -109,22 +118,22 @@ def _about(p: Plan) -> list[str]:
     cfg, t = p.cfg, p.cfg.train
     assumed = "" if cfg.model.vocab_size or cfg.data.random else " (assumed: model.vocab_size says it)"
     model = f"{sizes.whole(cfg, p.vocab) / 1e9:,.3f} B parameters, vocabulary {p.vocab:,}{assumed}"
-    layout = f"tp {cfg.parallel.tp}, pp {cfg.parallel.pp}, dp {data_parallel(cfg, p.world)}, ZeRO {cfg.parallel.zero}"
-    rows = f"{micro_batches(cfg, p.world)} micro-batches a rank of {t.micro_batch} x {cfg.data.seq_len:,} tokens"
+    world, gpu = p.cluster.gpus, p.cluster.gpu.name
+    layout = f"tp {cfg.parallel.tp}, pp {cfg.parallel.pp}, dp {data_parallel(cfg, world)}, ZeRO {cfg.parallel.zero}"
+    rows = f"{micro_batches(cfg, world)} micro-batches a rank of {t.micro_batch} x {cfg.data.seq_len:,} tokens"
     return [
         f"{model}, {cfg.attention.kind.value} attention",
-        f"{p.world:,} x {p.gpu.name}: {layout}, recomputation {cfg.parallel.recompute.value}",
+        f"{world:,} x {gpu}: {layout}, recomputation {cfg.parallel.recompute.value}",
         f"a step: {t.global_batch * cfg.data.seq_len:,} tokens in {rows}; {p.flops.total / 1e12:,.1f} model TFLOP",
     ]
 
 
-def _speed(p: Plan, step: float) -> str:
+def _speed(p: Plan) -> str:
     """The estimate, with what it assumes."""
-    rate = p.cfg.train.global_batch * p.cfg.data.seq_len / step
     reached = ", ".join(f"{part} {share:.0%}" for part, share in EFFICIENCY.items())
-    use = f"MFU {p.flops.total / step / p.world / p.gpu.peak:.0%}; stages wait {p.bubble:.0%} of the time"
     assumed = f"assumes shares of the peak ({reached}), and that nothing that is sent hides behind work"
-    return f"estimate: {rate:,.0f} tokens/s, {use}. It {assumed}."
+    waits = f"stages wait {p.bubble:.0%} of the time"
+    return f"estimate: {p.tokens_per_s:,.0f} tokens/s, MFU {p.mfu:.0%}; {waits}. It {assumed}."
 
 
 def _shown(p: Plan) -> list[Memory]:
@@ -157,30 +166,21 @@ def _memory_table(p: Plan) -> Table:
     return out
 
 
-def _traffic_table(p: Plan, node: int, network: float) -> Table:
-    heaviest = max(p.sent, key=lambda sent: sum(t.bytes for t in sent))
+def _traffic_table(p: Plan) -> Table:
     out = Table(box=box.SIMPLE)
     out.add_column("sent by a rank in a step", min_width=32)
     for heading in ("ranks", "GiB", "GB/s", "seconds"):
         out.add_column(heading, justify="right")
-    for t in heaviest:
-        link = p.gpu.link if t.span <= node else network
-        out.add_row(
-            t.kind, f"{t.ranks:,}", f"{t.bytes / GIB:,.2f}", f"{link:,.0f}", f"{p.seconds(t, node, network):,.3f}"
-        )
+    for t in max(p.sent, key=lambda sent: sum(t.bytes for t in sent)):  # of the stage that sends most
+        figures = f"{t.ranks:,}", f"{t.bytes / GIB:,.2f}", f"{p.cluster.link(t.span):,.0f}", f"{p.seconds(t):,.3f}"
+        out.add_row(t.kind, *figures)
     return out
 
 
-def record(p: Plan, node: int, network: float) -> dict[str, Any]:
-    """The same for a machine. Memory in bytes, time in seconds."""
-    stages = [
-        {**asdict(m), "held": m.held, "peak": m.peak, "when": m.when, "needed_gib": p.needed(m)} for m in p.stages
-    ]
-    sent = [[{**asdict(t), "seconds": p.seconds(t, node, network)} for t in of] for of in p.sent]
-    step, tokens = p.step(node, network), p.cfg.train.global_batch * p.cfg.data.seq_len
+def record(p: Plan) -> dict[str, Any]:
+    """The same for a machine. Memory in bytes where not in GiB, time in seconds."""
     return {
-        "gpu": asdict(p.gpu),
-        "gpus": p.world,
+        "cluster": asdict(p.cluster),
         "fits": p.fits,
         "peak_gib": p.fullest.peak / GIB,
         "needed_gib": p.needed(p.fullest),
@@ -188,9 +188,11 @@ def record(p: Plan, node: int, network: float) -> dict[str, Any]:
         "vocabulary": p.vocab,
         "model_flops": p.flops.total,
         "bubble": p.bubble,
-        "estimate": {"step_s": step, "tokens_per_s": tokens / step, "efficiency": EFFICIENCY},
-        "stages": stages,
-        "sent": sent,
+        "estimate": {"step_s": p.step, "tokens_per_s": p.tokens_per_s, "mfu": p.mfu, "efficiency": EFFICIENCY},
+        "stages": [
+            {**asdict(m), "held": m.held, "peak": m.peak, "when": m.when, "needed_gib": p.needed(m)} for m in p.stages
+        ],
+        "sent": [[{**asdict(t), "seconds": p.seconds(t)} for t in sent] for sent in p.sent],
     }
 
 
@@ -208,20 +210,31 @@ def read(overrides: list[str], world: int) -> Config:
 
 def run(args: argparse.Namespace) -> None:
     """Print and write the plan. Raises ConfigError if the run does not fit."""
-    strange = [o for o in args.overrides if "=" not in o]
-    if args.gpus < 1 or strange:
-        where, why = (f"--gpus {args.gpus}", "out of range") if args.gpus < 1 else (strange[0], "is no override")
-        raise ConfigError("option", where, why, "see python -m launch.plan --help")
-    cfg, gpu = read(args.overrides, args.gpus), GPUS[args.gpu]
-    p = plan(cfg, vocabulary(cfg), args.gpus, gpu)
-    show(p, args.node, args.network, Console(width=None if sys.stdout.isatty() else 120))
+    _check(args)
+    cfg, cluster = read(args.overrides, args.gpus), Cluster(args.gpus, GPUS[args.gpu], args.node, args.network)
+    p = plan(cfg, cluster)
+    show(p, Console(width=None if sys.stdout.isatty() else 120))
     if args.json:
-        _write(args.json, record(p, args.node, args.network))
+        _write(args.json, record(p))
     if not p.fits:
-        advice = advise(cfg, args.gpus, gpu.gib, lambda c: _need(c, args.gpus, gpu))
         where = f"stage {p.fullest.stage.index}, {p.fullest.when}"
-        why = f"needs {p.needed(p.fullest):,.1f} GiB ({where}) of the {gpu.gib} of a GPU"
-        raise ConfigError("plan", f"{args.gpus} x {gpu.name}", why, advice)
+        why = f"needs {p.needed(p.fullest):,.1f} GiB ({where}) of the {cluster.gpu.gib} of a GPU"
+        advice = advise(cfg, cluster.gpus, cluster.gpu.gib, lambda c: _need(c, cluster))
+        raise ConfigError("plan", f"{cluster.gpus} x {cluster.gpu.name}", why, advice)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for option, value in (("--gpus", args.gpus), ("--node", args.node), ("--network", args.network)):
+        if value <= 0:
+            raise ConfigError("option", f"{option} {value}", "out of range", "give a number above 0")
+    for override in args.overrides:
+        if "=" not in override:
+            raise ConfigError("option", override, "is no override", "see python -m launch.plan --help")
+
+
+def _need(cfg: Config, cluster: Cluster) -> float:
+    p = plan(cfg, cluster)
+    return p.needed(p.fullest)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -229,11 +242,6 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         path.write_text(json.dumps(content, indent=1) + "\n")
     except OSError as e:
         raise ConfigError("option", f"--json {path}", f"not writable ({e.strerror})", "give another file") from e
-
-
-def _need(cfg: Config, world: int, gpu: Gpu) -> float:
-    p = plan(cfg, vocabulary(cfg), world, gpu)
-    return p.needed(p.fullest)
 
 
 def main(argv: Optional[list[str]] = None) -> int:

@@ -10,7 +10,7 @@ from configs.schema import Backend, Precision, Recompute
 from data.synthetic import RandomRows
 from launch import plan
 from launch.advice import advise
-from launch.cluster import GPUS
+from launch.cluster import GPUS, Cluster
 from nsa.documents import Documents
 from parallel import comm, memory, sizes, traffic
 from parallel.engine import Engine
@@ -38,9 +38,9 @@ def test_a_plan_of_any_size(overrides, gpus, tmp_path, capsys):
     file = tmp_path / "plan.json"
     assert plan.main([*overrides.split(), "--gpus", str(gpus), "--json", str(file)]) == 0
     found = json.loads(file.read_text())
-    assert found["gpus"] == gpus
+    assert found["cluster"]["gpus"] == gpus
     assert found["fits"]
-    assert found["peak_gib"] < found["needed_gib"] <= found["gpu"]["gib"]
+    assert found["peak_gib"] < found["needed_gib"] <= found["cluster"]["gpu"]["gib"]
     assert found["parameters"] > 1e8
     assert 0 <= found["bubble"] < 1
     kinds = {1: set(), 2: {"data parallel"}}.get(gpus, {"tensor parallel", "data parallel", "pipeline"})
@@ -52,7 +52,7 @@ def test_a_plan_of_any_size(overrides, gpus, tmp_path, capsys):
 
 def test_a_larger_cluster_has_less_on_each_gpu():
     cfg = plan.read("model=8b data.seq_len=8192 train.global_batch=1024 train.micro_batch=1".split(), 8)
-    peaks = [plan.plan(cfg, 50304, world, GPUS["h200"]).fullest.peak for world in (8, 64, 1024)]
+    peaks = [plan.plan(cfg, Cluster(world, GPUS["h200"])).fullest.peak for world in (8, 64, 1024)]
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[0] - peaks[1] == pytest.approx(12 * sizes.whole(cfg, 50304) * (1 / 8 - 1 / 64), rel=0.01)
 
@@ -78,10 +78,10 @@ def test_advice_is_true():
     line = "model=8b data.seq_len=65536 train.micro_batch=2 parallel.tp=2".split()
     world, gpu = 8, GPUS["h200"]
     cfg = plan.read(line, world)
-    assert not plan.plan(cfg, 50304, world, gpu).fits
+    assert not plan.plan(cfg, Cluster(world, gpu)).fits
 
     def need(c):
-        made = plan.plan(c, 50304, world, gpu)
+        made = plan.plan(c, Cluster(world, gpu))
         return made.needed(made.fullest)
 
     advice = advise(cfg, world, gpu.gib, need)
@@ -93,6 +93,7 @@ def test_advice_is_true():
 
 MISTAKES = [
     ("--gpus 0", "--gpus 0"),
+    ("--network -1", "--network -1.0"),
     ("oops", "oops"),
     ("model=nothing", "nothing"),
     ("parallel.tp=2 --gpus 3", "3 processes"),

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from launch import bench, plan
-from launch.cluster import GPUS
+from launch.cluster import GPUS, Cluster
 from launch.rows import ROWS, Row
 
 TINY = next(r for r in ROWS if r.name == "tiny")
@@ -15,7 +15,7 @@ TINY = next(r for r in ROWS if r.name == "tiny")
 def test_each_row_is_a_run_that_fits(row):
     for run in [row, row.twin] if row.twin else [row]:
         cfg = plan.read(run.overrides.split(), run.gpus)
-        assert plan.plan(cfg, 50304, run.gpus, GPUS["h200"]).fits, run.name
+        assert plan.plan(cfg, Cluster(run.gpus, GPUS["h200"])).fits, run.name
         assert cfg.train.global_batch * cfg.data.seq_len >= 65536
     assert row.must < row.aim
 
