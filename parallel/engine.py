@@ -239,6 +239,7 @@ def deepspeed_config(cfg: Config, mesh: Mesh) -> dict[str, Any]:
         "gradient_accumulation_steps": micro_batches(cfg, mesh.world),
         "gradient_clipping": cfg.optim.clip,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
         "zero_optimization": {
             "stage": cfg.parallel.zero,
             "overlap_comm": False,
