@@ -1,6 +1,7 @@
 """Which overrides make a run fit: found by trying them."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,18 +16,25 @@ Need = Callable[[Config], float]  # GiB
 
 def advise(cfg: Config, world: int, most: float, need: Need) -> str:
     """The two overrides that help most, each alone if one is enough, else together, with the GiB that remain."""
-    best = [_best(cfg, world, changes, most, need) for changes in _options(cfg, world)]
+    options = list(_options(cfg, world))
+    gib, text = _search(cfg, world, options, most, need)
+    if gib > most:
+        gib, last = _search(cfg, world, [*options, _shorter_rows(cfg)], most, need)
+        text = last if gib <= most else f"{text}, and more GPUs or a smaller model: that is still too much"
+    return f"give {text}"
+
+
+def _search(cfg: Config, world: int, options: list[list[Change]], most: float, need: Need) -> tuple[float, str]:
+    """GiB with the best of these, and the two in words: alternatives if each helps enough, else a pair."""
+    best = [_best(cfg, world, changes, most, need) for changes in options]
     alone = sorted((gib, [change]) for change, gib in filter(None, best))
     if alone and alone[0][0] <= most:
-        return "give " + " or ".join(f"{_text(changes)} ({gib:,.1f} GiB)" for gib, changes in alone[:2])
-    pairs = itertools.combinations(_options(cfg, world), 2)
+        return alone[0][0], ", or ".join(_text(*one, most) for one in alone[:2])
+    pairs = itertools.combinations(options, 2)
     both = [list(pair) for a, b in pairs for pair in itertools.product(a, b)]
     tried = [(gib, changes) for changes in both if (gib := _try(cfg, world, changes, need)) is not None]
-    if not tried and not alone:
-        return "no override helps: take more GPUs or a smaller model"
-    gib, changes = min([*tried, *alone], key=lambda x: x[0])
-    rest = "" if gib <= most else ", and more GPUs or a smaller model: that is still too much"
-    return f"give {_text(changes)} ({gib:,.1f} GiB){rest}"
+    gib, changes = min([*tried, *alone], key=lambda x: x[0], default=(math.inf, []))
+    return gib, _text(gib, changes, math.inf) if changes else "no override, for none helps"
 
 
 def _options(cfg: Config, world: int) -> Iterator[list[Change]]:
@@ -39,6 +47,12 @@ def _options(cfg: Config, world: int) -> Iterator[list[Change]]:
     yield [("parallel.sequence", True)] * (p.tp > 1 and not p.sequence)
     yield [("parallel.tp", p.tp * k) for k in _powers(world)]
     yield [("parallel.pp", p.pp * k) for k in _powers(world)]
+
+
+def _shorter_rows(cfg: Config) -> list[Change]:
+    """The last thing to change: it is another training run."""
+    length = cfg.data.seq_len
+    return [("data.seq_len", length // k) for k in _powers(length) if length // k >= 1024]
 
 
 def _powers(most: int) -> list[int]:
@@ -65,6 +79,7 @@ def _try(cfg: Config, world: int, changes: list[Change], need: Need) -> float | 
         return None
 
 
-def _text(changes: list[Change]) -> str:
+def _text(gib: float, changes: list[Change], most: float) -> str:
     shown = [(key, value.value if isinstance(value, Recompute) else str(value).lower()) for key, value in changes]
-    return " and ".join(f"{key}={value}" for key, value in shown)
+    enough = "" if gib <= most else ", not enough alone"
+    return f"{' and '.join(f'{key}={value}' for key, value in shown)} ({gib:,.1f} GiB{enough})"

@@ -58,9 +58,10 @@ def test_a_larger_cluster_has_less_on_each_gpu():
 
 
 REFUSED = [
-    ("model=8b data.seq_len=65536 train.micro_batch=2 parallel.tp=2 --gpus 8", "parallel.recompute=full", " or "),
+    ("model=8b data.seq_len=65536 train.micro_batch=2 parallel.tp=2 --gpus 8", "parallel.recompute=full", ", or "),
     ("model=8b data.seq_len=16384 train.micro_batch=1 --gpus 1", "parallel.recompute=full", "too much"),
     ("model=8b data.seq_len=65536 train.micro_batch=2 parallel.tp=2 --gpus 8 --gpu h100", "recompute=full", " and "),
+    ("experiment=bench_1b data.seq_len=1048576 train.global_batch=1", "data.seq_len=65536", "GiB, not enough alone)"),
     ("model=160m data.seq_len=8192 train.micro_batch=16 --gpu l4", "train.micro_batch=4", "parallel.recompute=full"),
 ]  # fmt: skip
 
