@@ -189,6 +189,7 @@ def record(p: Plan) -> dict[str, Any]:
         "model_flops": p.flops.total,
         "bubble": p.bubble,
         "estimate": {"step_s": p.step, "tokens_per_s": p.tokens_per_s, "mfu": p.mfu, "efficiency": EFFICIENCY},
+        "kept_by_block": memory.kept_by_block(p.cfg),
         "stages": [
             {**asdict(m), "held": m.held, "peak": m.peak, "when": m.when, "needed_gib": p.needed(m)} for m in p.stages
         ],

@@ -1,15 +1,14 @@
 """Bytes of NSA's kernels: what they keep of a layer for backward, and what they hold only while they run.
 
 Nothing here imports torch or triton, so that a plan can be made on any machine. The sizes below are the kernels' own
-(nsa/score.py, nsa/picked.py); a test compares them.
+(nsa/picked.py); a test compares them. Forward holds less beyond what it keeps than backward does.
 """
 
 from dataclasses import dataclass
 
 from configs.schema import Attention, Branch, Compression
 
-SCORE_BYTES = 2**28
-CHUNK, BACK_CHUNK, BACK_RUN = 4096, 8192, 256
+BACK_CHUNK, BACK_RUN = 8192, 256
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,3 @@ def _chosen(s: Shape, a: Attention) -> int:
     parts = s.width * size * picks * s.heads * s.qk_dim + 4 * s.kv_heads * slots * a.l_slc * both
     pairs = (4 + 4 + 8 + 4) * s.tokens * s.kv_heads * picks  # keys, sorted keys, places as int64 and int32
     return parts + pairs + 4 * s.tokens * s.kv_heads * both if picks else 0
-
-
-def forward(s: Shape, a: Attention) -> int:
-    """The most that forward holds at a time beyond what it keeps."""
-    picks = (a.n - a.local) * (Branch.slc in a.branches)
-    if not picks:
-        return 0
-    scores = min(SCORE_BYTES, 4 * s.kv_heads * s.tokens * (s.tokens // a.l_slc))
-    parts = min(CHUNK, s.tokens) * picks * s.heads * (s.width * s.v_dim + 4)
-    pairs = (4 + 4 + 8 + 4) * s.tokens * s.kv_heads * picks
-    return max(scores, parts + pairs)

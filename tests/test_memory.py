@@ -11,7 +11,7 @@ from deepspeed.runtime.utils import partition_balanced
 import nsa.memory
 from configs.schema import Backend, Branch, Compression, Precision, Recompute
 from data.synthetic import RandomRows
-from nsa import picked, score
+from nsa import picked
 from nsa.documents import Documents
 from parallel import memory, sizes
 from parallel.engine import Engine
@@ -172,8 +172,7 @@ def test_what_a_tensor_parallel_rank_keeps(sequence):
 
 
 def test_the_sizes_of_the_kernels_are_the_kernels_own():
-    ours = (nsa.memory.SCORE_BYTES, nsa.memory.CHUNK, nsa.memory.BACK_CHUNK, nsa.memory.BACK_RUN)
-    assert ours == (score.SCORE_BYTES, picked.CHUNK, picked.BACK_CHUNK, picked.BACK_RUN)
+    assert (nsa.memory.BACK_CHUNK, nsa.memory.BACK_RUN) == (picked.BACK_CHUNK, picked.BACK_RUN)
 
 
 def storages() -> int:
