@@ -22,9 +22,7 @@ FAR = tl.constexpr(1 << 30)
 NAMES = [b.value for b in Branch]
 
 FORWARD = {2: Launch(64, 64, 4, 3), 4: Launch(64, 32, 4, 2)}  # by bytes of an element; timed on an H200 for 16 bits
-# For the local blocks alone, if heads are as wide as a tile has columns: ptxas 12.8 then keeps queries and probabilities
-# in the same registers, and all tiles of keys after the first get wrong scores.
-SHORT = Launch(64, 32, 4, 2)
+SHORT = Launch(64, 32, 4, 2)  # for what `shares_registers`
 
 
 @dataclass(frozen=True)
@@ -208,6 +206,12 @@ def branches(kv: dict[str, tuple[Tensor, Tensor]], rows: int, extra: dict[str, t
     return tensors, strides, {name.upper(): there[name] for name in NAMES}
 
 
+def shares_registers(kv: dict[str, tuple[Tensor, Tensor]], how: Launch) -> bool:
+    """Whether ptxas 12.8 would make wrong code: with the local blocks alone, and heads as wide as a tile has columns, it
+    keeps what stays the same in a loop in registers of what does not, and all tiles of keys but the first go wrong."""
+    return list(kv) == ["slc"] and kv["slc"][0].shape[2] == how.columns
+
+
 def forward(
     q: Tensor, kv: dict[str, tuple[Tensor, Tensor]], documents: Documents, sizes: Attention
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -218,8 +222,7 @@ def forward(
     """
     n, heads, e = q.shape
     out, g, how = {}, heads // next(iter(kv.values()))[0].shape[1], FORWARD[q.element_size()]
-    if list(kv) == ["slc"] and e == how.columns:
-        how = SHORT
+    how = SHORT if shares_registers(kv, how) else how
     for name, (k, v) in kv.items():
         run = bands(sizes)[name].run(g)
         o, lse = q.new_empty(n, heads, v.shape[2]), q.new_empty(heads // run, n, run, dtype=torch.float32)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from configs.schema import Attention
-from nsa.band import FAR, Band, beyond, branches, edges, lowest, tile_at
+from nsa.band import FAR, SHORT, Band, beyond, branches, edges, lowest, shares_registers, tile_at
 from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, locate, narrow, precision, stretches
 
 # By bytes of an element; those for 16 bits were timed on an H200.
@@ -229,6 +229,7 @@ def queries(
     if not any(len(k) for k, _ in kv.values()):
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
     g, how = heads // next(iter(kv.values()))[0].shape[1], QUERIES[q.element_size()]
+    how = SHORT if shares_registers(kv, how) else how
     bq, bn, (e1, e2), dq = how.queries(g), how.columns, halves(e), q.new_empty(q.shape)
     tensors, strides, there = branches(kv, bn, statistics)
     _backward_queries[documents.tiles(bq), heads // g](
