@@ -207,7 +207,7 @@ def branches(kv: dict[str, tuple[Tensor, Tensor]], rows: int, extra: dict[str, t
 
 
 def shares_registers(kv: dict[str, tuple[Tensor, Tensor]], how: Launch) -> bool:
-    """Whether ptxas 12.8 would make wrong code: with the local blocks alone, and heads as wide as a tile has columns, it
+    """Whether ptxas 12.8 would make wrong code: with the local blocks alone and heads as wide as a tile has columns it
     keeps what stays the same in a loop in registers of what does not, and all tiles of keys but the first go wrong."""
     return list(kv) == ["slc"] and kv["slc"][0].shape[2] == how.columns
 
