@@ -22,7 +22,7 @@ FAR = tl.constexpr(1 << 30)
 NAMES = [b.value for b in Branch]
 
 FORWARD = {2: Launch(64, 64, 4, 3), 4: Launch(64, 32, 4, 2)}  # by bytes of an element; timed on an H200 for 16 bits
-SHORT = Launch(64, 32, 4, 2)  # for what `shares_registers`
+SHORT = Launch(64, 32, 4, 3)  # for what `shares_registers`
 
 
 @dataclass(frozen=True)
