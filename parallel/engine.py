@@ -253,6 +253,8 @@ def deepspeed_config(cfg: Config, mesh: Mesh) -> dict[str, Any]:
     if cfg.train.precision is Precision.bf16:
         out["bf16"] = {"enabled": True, "immediate_grad_update": True}
         out["data_types"] = {"grad_accum_dtype": "fp32"}
+        if cfg.parallel.zero < 3:
+            out["communication_data_type"] = "fp32"  # or what was summed in fp32 would cross the ranks in bf16
     return out
 
 

@@ -120,8 +120,7 @@ def _update(cfg: Config, counts: dict[str, int], dp: int) -> int:
     if cfg.parallel.zero > 1:
         return 4 * count // dp  # the gradients of this rank once more, flat
     fits = count - counts["norms"] <= REDUCED_AT_ONCE
-    joined = 4 * (count if fits else counts["norms"])  # of both groups, if they share an all-reduce
-    return joined + (width(cfg) * count if width(cfg) < 4 else 0)  # which is made in bf16
+    return 4 * (count if fits else counts["norms"])  # of both groups, if they share an all-reduce
 
 
 def norm(cfg: Config, fused: bool) -> int:

@@ -48,8 +48,8 @@ def _tensor(cfg: Config, stage: Stage, counts: dict[str, int]) -> int:
 def _data(cfg: Config, count: int, dp: int, gas: int) -> int:
     """Of a step, by ZeRO stage: gradients of `count` parameters summed, new weights fetched."""
     part, w = (dp - 1) / dp, width(cfg)
-    if cfg.parallel.zero < 3:  # all-reduces, in the width of activations: of the step's sums, or of each micro-batch
-        return int(part * count * (2 * w * (gas if cfg.parallel.zero == 2 else 1) + w))
+    if cfg.parallel.zero < 3:  # all-reduces in fp32: of the step's sums, or of each micro-batch
+        return int(part * count * (2 * 4 * (gas if cfg.parallel.zero == 2 else 1) + w))
     again = max(0, count - GATHERED)  # not held from forward to backward
     return int(part * w * gas * (count + again + count))
 
