@@ -32,6 +32,7 @@ from parallel.engine import Engine
 from parallel.guard import Guard
 from parallel.mesh import Mesh
 from parallel.position import LossByPosition
+from parallel.saver import Saver
 from parallel.schedule import learning_rate
 
 
@@ -70,8 +71,9 @@ def train(run: "Run") -> tuple[int, str]:
         if due(run.step, cfg.train.eval_every) or last:
             evaluate(run)
         if due(run.step, cfg.checkpoint.every) or last:
-            checkpoint.save(Path(cfg.run.dir), run.step, run.engine, run.mesh, run.state(), cfg.checkpoint.keep)
+            run.saver.save(run.step, run.state())
         meter.resume()
+    run.saver.wait(last=True)
     return stop or (0, "done")
 
 
@@ -93,6 +95,7 @@ class Run:
     engine: Engine
     meter: Meter
     guard: Guard
+    saver: Optional[Saver] = None
     log: Optional[RunLog] = None  # on rank 0
     step: int = 0
     tokens: int = 0  # positions of rows, padding included
@@ -140,13 +143,15 @@ def next_batches(run: Run, loader: Loader) -> tuple[list[Batch], Totals]:
     padding = sum(b.padding for b in batches)
     asked = run.stop.asked(Path(run.cfg.run.dir))
     counts = [targets, flops, dense, padding]
-    faults = [error is not None, bool(loader.damaged)]
-    sums = host_sum([*faults, *(asked == reason for reason in REASONS), *counts], run.mesh)
+    facts = [error is not None, bool(loader.damaged), run.saver.finished]
+    sums = host_sum([*facts, *(asked == reason for reason in REASONS), *counts], run.mesh)
     if sums[0]:
         raise next(e for e in host_gather(error, run.mesh) if e)
-    stop = next((REASONS[reason] for reason, count in zip(REASONS, sums[2:]) if count), None)
+    if sums[2] == run.mesh.world:
+        run.saver.wait()
+    stop = next((REASONS[reason] for reason, count in zip(REASONS, sums[3:]) if count), None)
     same = run.mesh.tp.size * run.mesh.pp.size  # this many ranks hold each row
-    totals = Totals(*(s // same for s in sums[2 + len(REASONS) :]), stop)
+    totals = Totals(*(s // same for s in sums[3 + len(REASONS) :]), stop)
     return skip_damaged(run, loader, batches, totals) if sums[1] else (batches, totals)
 
 
@@ -195,6 +200,12 @@ def write_skipped(run: Run, step: Step) -> None:
     why += f" (loss {seen['loss']}, gradient norm {seen['norm']})"
     fix = f"see {look}, then continue from a checkpoint before it with a lower optim.lr"
     raise DivergedError("step", run.step, why, fix)
+
+
+def log_save(run: Run, figures: dict[str, Any]) -> None:
+    """Log a save that has ended."""
+    if run.log:
+        run.log.saved(figures)
 
 
 def evaluate(run: Run) -> None:
@@ -253,14 +264,16 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         run.guard.load_state_dict(state["guard"])
     elif cfg.train.start_from:
         checkpoint.begin(Path(cfg.train.start_from), run.engine, place, describe(cfg, place, vocab))
+    run.saver = Saver(Path(cfg.run.dir), run.engine, place, cfg.checkpoint, lambda figures: log_save(run, figures))
     if place.rank == 0:
         run.log = RunLog(cfg, text, environment(place, loader.fingerprint), run.wandb_id)
         run.log.say(f"continues {found[0]}" if found else f"starts {cfg.run.dir}")
     code, reason = RunError.code, "internal error"
     try:
         code, reason = train(run)
-    except RunError as e:
-        code, reason = e.code, str(e)
+    except Exception as e:
+        run.saver.settle()
+        code, reason = (e.code, str(e)) if isinstance(e, RunError) else (code, reason)
         raise
     finally:
         if run.log:

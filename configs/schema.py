@@ -83,6 +83,13 @@ class OnSpike(Enum):
     skip = "skip"
 
 
+class OnSaveError(Enum):
+    """stop: a checkpoint that cannot be written ends the run. skip: it is logged, and the next one tried."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 class Resume(Enum):
     """auto: continue if there is something to continue; must: fail if there is not; never: fail if there is."""
 
@@ -200,6 +207,8 @@ class Checkpoint:
 
     every: int = 0  # steps; 0: only after the last one
     keep: int = 2
+    asynchronous: bool = True  # written while training goes on, from a copy in host memory (12 bytes a parameter)
+    on_error: OnSaveError = OnSaveError.stop  # the last checkpoint of a run has to be written in any case
 
 
 @dataclass(kw_only=True)

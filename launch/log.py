@@ -53,6 +53,12 @@ class RunLog:
         self._write(metrics)
         print(f"step {metrics['step']:>6}/{self.steps}  validation loss {metrics['val_loss']:.4f}", flush=True)
 
+    def saved(self, figures: dict[str, Any]) -> None:
+        """One save: how long training stood still for it, how long it took behind it; or why it failed."""
+        self._write(figures)
+        if "save_failed" in figures:
+            print(f"warning: no checkpoint of step {figures['step']}: {figures['save_failed']}", flush=True)
+
     def health(self, metrics: dict[str, Any]) -> None:
         """What sparse attention does; too much for the terminal."""
         self._write(metrics)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from configs.errors import CheckpointError
 from configs.schema import Config, Resume
 from data.loader import Loader
 from data.shards import sha256
-from parallel import checkpoint, mesh
+from parallel import checkpoint, mesh, pieces
 from parallel.comm import host_sum
 from parallel.engine import Engine
+from parallel.saver import Saver
 from tests import ranks, tiny
 
 VOCAB = 512
@@ -41,16 +43,24 @@ def steps(count: int, place: mesh.Mesh, loader: Loader, engine: Engine, first: i
 
 def state(cfg: Config, **more) -> dict:
     layout = {"tp": cfg.parallel.tp, "pp": cfg.parallel.pp}
-    return {"identity": {"model.dim": cfg.model.dim}, "layout": layout, **more}
+    return {"identity": {"model.dim": cfg.model.dim}, "layout": layout, "tokens": 0, **more}
 
 
-def train_and_save(cfg: Config, saves: tuple[int, ...], keep: int, total: int) -> list[tuple[float, float]]:
+def saver(cfg: Config, place: mesh.Mesh, engine: Engine) -> tuple[Saver, list[dict]]:
+    """With what it reports."""
+    reports: list[dict] = []
+    return Saver(Path(cfg.run.dir), engine, place, cfg.checkpoint, reports.append), reports
+
+
+def train_and_save(cfg: Config, saves: tuple[int, ...], total: int) -> list[tuple[float, float]]:
     place, loader, engine = build(cfg)
+    keeper, _ = saver(cfg, place, engine)
     out = []
     for i in range(total):
         if i in saves:
-            checkpoint.save(Path(cfg.run.dir), i, engine, place, state(cfg, step=i, data=loader.state_dict()), keep)
+            keeper.save(i, state(cfg, step=i, data=loader.state_dict()))
         out += steps(1, place, loader, engine, i)
+    keeper.wait(last=True)
     return out
 
 
@@ -74,30 +84,56 @@ def look(cfg: Config, how: Resume) -> str:
 
 @pytest.fixture
 def cfg(corpus, tmp_path) -> Config:
-    return tiny.config(data__path=corpus, run__dir=str(tmp_path / "run"), model__layers=2, train__global_batch=4)
+    return tiny.config(data__path=corpus, run__dir=str(tmp_path / "run"), model__layers=2, checkpoint__every=1)
 
 
-@pytest.mark.parametrize(
-    ("world", "changes"),
-    [
-        (1, {}),
-        (2, {"parallel__zero": 3}),
-        (2, {"parallel__tp": 2, "parallel__sequence": True}),
-        (2, {"parallel__pp": 2}),
-    ],
-    ids=str,
-)
+LAYOUTS = [
+    (1, {}),
+    (2, {"parallel__zero": 3}),
+    (2, {"parallel__tp": 2, "parallel__sequence": True}),
+    (2, {"parallel__pp": 2}),
+]
+
+
+@pytest.mark.parametrize(("world", "changes"), LAYOUTS, ids=str)
 def test_a_continued_run_is_the_unbroken_one_bit_for_bit(cfg, world, changes):
     cfg = tiny.change(cfg, **changes)
-    unbroken = ranks.run(world, train_and_save, cfg, (2,), 2, 4)
+    unbroken = ranks.run(world, train_and_save, cfg, (2,), 4)
     for rank, (step, continued) in enumerate(ranks.run(world, resume, cfg, 2)):
         assert step == 2
         assert continued == unbroken[rank][2:]
 
 
+def save_both_ways(cfg: Config, behind: int) -> list[tuple[dict, dict]]:
+    """One state, saved while training waits and behind further steps: the manifest's files, and what is reported."""
+    place, loader, engine = build(cfg)
+    steps(1, place, loader, engine)
+    out = []
+    for asynchronous in (False, True):
+        this = tiny.change(cfg, run__dir=f"{cfg.run.dir}-{asynchronous}", checkpoint__asynchronous=asynchronous)
+        keeper, reports = saver(this, place, engine)
+        keeper.save(1, state(cfg, step=1))
+        steps(behind if asynchronous else 0, place, loader, engine, 1)
+        keeper.wait(last=True)
+        manifest = Path(this.run.dir, "checkpoints/step-00000001/MANIFEST.json")
+        out.append((json.loads(manifest.read_text())["files"], reports[0]))
+    return out
+
+
+@pytest.mark.parametrize(("world", "changes"), LAYOUTS, ids=str)
+def test_a_save_behind_training_is_the_one_that_training_waits_for(cfg, world, changes, monkeypatch):
+    write = pieces.write
+    monkeypatch.setattr(pieces, "write", lambda *args: (time.sleep(0.5), write(*args))[1])  # the ranks inherit it
+    for (waited, a), (behind, b) in ranks.run(world, save_both_ways, tiny.change(cfg, **changes), 3):
+        assert waited == behind
+        assert a["save_stall_s"] > 0.5
+        assert b["save_background_s"] > 0.5
+        assert b["save_gib"] == a["save_gib"] > 0
+
+
 @pytest.fixture
 def saved(cfg) -> Config:
-    ranks.run(1, train_and_save, cfg, (1, 2), 2, 3)
+    ranks.run(1, train_and_save, cfg, (1, 2), 3)
     return cfg
 
 
@@ -114,7 +150,7 @@ def test_manifest_lists_every_file(saved):
 
 
 def test_only_the_newest_are_kept(cfg):
-    ranks.run(1, train_and_save, cfg, (0, 1, 2), 2, 3)
+    ranks.run(1, train_and_save, cfg, (0, 1, 2), 3)
     assert [p.name for p in folders(cfg)] == ["step-00000001", "step-00000002"]
 
 
@@ -150,7 +186,7 @@ def test_resume_must_and_never(cfg):
     assert ranks.run(1, look, cfg, Resume.auto) == ["new"]
     assert ranks.run(1, look, cfg, Resume.never) == ["new"]
     assert "resume=must" in ranks.run(1, look, cfg, Resume.must)[0]
-    ranks.run(1, train_and_save, cfg, (1,), 2, 2)
+    ranks.run(1, train_and_save, cfg, (1,), 2)
     says = ranks.run(1, look, cfg, Resume.never)[0]
     assert says.startswith("66 error: run.dir")
     assert "exists and resume=never" in says
@@ -162,37 +198,6 @@ def test_another_model_is_refused_and_another_layout_is_not(saved):
     assert "another model" in says
     assert "model.dim=64, this run has 128" in says
     assert ranks.run(2, look, tiny.change(saved, parallel__tp=2), Resume.auto) == [str(folders(saved)[-1])] * 2
-
-
-def save_with_a_full_disk(cfg: Config) -> tuple[str, list[str], str]:
-    """Rank 1 fails to write; then the disk has room again."""
-    place, loader, engine = build(cfg)
-    steps(1, place, loader, engine)
-    works = engine.save
-
-    def full(*args):
-        works(*args)
-        if place.rank == 1:
-            raise OSError(28, "No space left on device")
-
-    engine.save = full
-    said = ""
-    try:
-        checkpoint.save(Path(cfg.run.dir), 1, engine, place, state(cfg), 2)
-    except CheckpointError as e:
-        said = str(e)
-    published = checkpoint.published(Path(cfg.run.dir))
-    engine.save = works
-    return said, published, str(checkpoint.save(Path(cfg.run.dir), 1, engine, place, state(cfg), 2))
-
-
-def test_one_rank_that_cannot_write_publishes_nothing(cfg):
-    for said, published, path in ranks.run(2, save_with_a_full_disk, cfg):
-        assert "rank 1" in said
-        assert "No space left" in said
-        assert published == []
-        assert path.endswith("step-00000001")
-    assert [p.name for p in folders(cfg)] == ["step-00000001"]
 
 
 def test_what_an_interrupted_save_left_is_no_checkpoint(saved):

@@ -1,11 +1,18 @@
 """What has to hold on a GPU: the definition computes there what it computes on a CPU, and layouts train alike."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
-from configs.schema import Precision, Recompute
+from configs.schema import Config, Precision, Recompute
+from data.loader import Batch
 from nsa.cases import CASES, Case, make_inputs
 from parallel import mesh
+from parallel.engine import Engine
+from parallel.saver import Saver
 from tests import ranks, test_nsa_reference, tiny
 from tests.test_parity import STEPS, train
 
@@ -68,6 +75,44 @@ def test_bf16_stays_near_fp32(one_gpu, layout):
     for out in ranks.run(2 if layout else 1, train, cfg, timeout=300):
         assert [loss for loss, _ in out] == pytest.approx([loss for loss, _ in exact], rel=5e-3)
         assert [norm for _, norm in out[:STEPS]] == pytest.approx([norm for _, norm in exact[:STEPS]], rel=0.05)
+
+
+def saves_of_a_billion(cfg: Config) -> tuple[list[dict], list[dict]]:
+    """Three saves each way of 1.15 B parameters, with training behind where it can be; what each took, its files."""
+    place = mesh.build(1, 1)
+    engine = Engine(cfg, 50304, place)
+    tokens = torch.zeros(1, cfg.data.seq_len, dtype=torch.int32)
+    batch = Batch(tokens, tokens, torch.tensor([0, tokens.numel()]))
+    engine.train_step([batch], tokens.numel(), 1e-4)
+    reports, files, step = [], [], 0
+    for asynchronous in (False, True):
+        options = replace(cfg.checkpoint, asynchronous=asynchronous)
+        saver = Saver(Path(cfg.run.dir), engine, place, options, reports.append)
+        for _ in range(3):
+            step += 1
+            torch.cuda.synchronize()
+            saver.save(step, {"step": step, "tokens": 0})
+            while asynchronous and not saver.finished:
+                engine.train_step([batch], tokens.numel(), 0.0)
+            saver.wait(last=True)
+            manifest = Path(cfg.run.dir, "checkpoints", f"step-{step:08d}", "MANIFEST.json")
+            files.append(json.loads(manifest.read_text())["files"])
+        del saver
+    return reports, files
+
+
+def test_training_stands_still_for_a_second_at_most_while_a_billion_parameters_are_saved(tmp_path):
+    """The first save after the start has no longer either: memory is locked before."""
+    sizes = {"layers": 16, "dim": 2048, "heads": 32, "kv_heads": 2, "qk_dim": 64, "v_dim": 64, "mlp_dim": 8192}
+    cfg = tiny.config("full", **{f"model__{k}": v for k, v in sizes.items()}, run__dir=str(tmp_path))
+    cfg = tiny.change(cfg, train__precision=Precision.bf16, train__global_batch=1, data__seq_len=1024)
+    cfg = tiny.change(cfg, checkpoint__every=1, checkpoint__keep=1)
+    ((reports, files),) = ranks.run(1, saves_of_a_billion, cfg, timeout=540)
+    for r, how in zip(reports, ["synchronous"] * 3 + ["asynchronous"] * 3):
+        took = f"stall {r['save_stall_s']:.2f} s, {r['save_background_s']:.1f} s to publish"
+        print(f"{how}, save {r['step']}: {r['save_gib']:.2f} GiB, {took}")
+    assert files[0] == files[2] == files[3], "the copy is what was on the device"
+    assert all(r["save_stall_s"] <= 1 for r in reports[3:])
 
 
 def where() -> str:
