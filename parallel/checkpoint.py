@@ -17,7 +17,7 @@ from parallel.comm import agree, host_gather, together
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 
-VERSION = 2
+VERSION = 3
 PIECES = "pieces"
 
 
@@ -125,6 +125,11 @@ def _check_version(path: str, version: Optional[int]) -> None:
         raise CheckpointError("checkpoint", path, why, "continue with the version that made it, or choose another run")
 
 
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """With the hash of what it says: one flipped bit in a number would still be a number."""
+    return {**manifest, "sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
+
+
 def sha256(path: Path) -> str:
     """Of a file, in hexadecimal."""
     with open(path, "rb") as f:
@@ -143,6 +148,11 @@ def _damage(path: str, rank: int = 0, world: int = 1) -> Optional[str]:
     folder = Path(path)
     try:
         manifest = json.loads((folder / "MANIFEST.json").read_text())
+        if sealed({k: v for k, v in manifest.items() if k != "sha256"}) != manifest:
+            return "MANIFEST.json does not match its hash"
+        there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+        if extra := there - {*manifest["files"], "MANIFEST.json"}:
+            return f"{min(extra)} is not in the manifest"
         share = sorted(manifest["files"].items())[rank::world]
         for name, entry in share:
             if (folder / name).stat().st_size != entry["bytes"]:

@@ -21,7 +21,7 @@ from configs import schema
 from configs.errors import CheckpointError, RunError
 from configs.schema import OnSaveError
 from parallel import pieces
-from parallel.checkpoint import PIECES, VERSION, published, sha256
+from parallel.checkpoint import PIECES, VERSION, published, sealed, sha256
 from parallel.comm import agree, host_gather, host_sum, together
 from parallel.engine import Engine
 from parallel.mesh import Mesh
@@ -120,7 +120,7 @@ class Saver:
             _everyone(mesh, final, lambda: _fresh(temporary, needed) if first else None)
             parts = host_gather(_everyone(mesh, final, lambda: _written(temporary, snapshot, mesh.rank)), mesh)
             files = {name: entry for part in parts for name, entry in part.items()}
-            manifest = {"version": VERSION, "step": state["step"], "files": files, "state": state}
+            manifest = sealed({"version": VERSION, "step": state["step"], "files": files, "state": state})
             keep = self.options.keep
             _everyone(mesh, final, lambda: _publish(temporary, final, manifest, keep) if first else None)
         except CheckpointError:

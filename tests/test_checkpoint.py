@@ -1,6 +1,7 @@
 """Checkpoints: continued runs equal unbroken ones, damage is found before anything is loaded, nothing is half-made."""
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -164,6 +165,14 @@ def damage(folder: Path, how: str) -> None:
         largest.write_bytes(largest.read_bytes()[:-1])
     elif how == "a missing file":
         largest.unlink()
+    elif how == "an empty file":
+        largest.write_bytes(b"")
+    elif how == "a file too many":
+        shutil.copy(largest, largest.with_name("rank-00007.safetensors"))
+    elif how == "swapped files":
+        other = min(folder.rglob("*.safetensors"), key=lambda p: p.stat().st_size)
+        a, b = largest.read_bytes(), other.read_bytes()
+        largest.write_bytes(b), other.write_bytes(a)
     elif how == "half a manifest":
         manifest = folder / "MANIFEST.json"
         manifest.write_text(manifest.read_text()[:40])
@@ -171,7 +180,10 @@ def damage(folder: Path, how: str) -> None:
         (folder / "MANIFEST.json").unlink()
 
 
-@pytest.mark.parametrize("how", ["a flipped bit", "a short file", "a missing file", "half a manifest", "no manifest"])
+DAMAGE = "a flipped bit, a short file, an empty file, a missing file, a file too many, half a manifest, no manifest"
+
+
+@pytest.mark.parametrize("how", DAMAGE.split(", "))
 def test_damage_goes_back_to_the_one_before(saved, how):
     old, new = folders(saved)
     damage(new, how)
@@ -180,6 +192,59 @@ def test_damage_goes_back_to_the_one_before(saved, how):
     damage(old, how)
     assert "every checkpoint is damaged" in ranks.run(1, look, saved, Resume.auto)[0]
     assert "resume=must" in ranks.run(1, look, saved, Resume.must)[0]
+
+
+def test_files_of_two_ranks_that_are_swapped(cfg):
+    cfg = tiny.change(cfg, parallel__pp=2)
+    ranks.run(2, train_and_save, cfg, (1, 2), 3)
+    old, new = folders(cfg)
+    damage(new, "swapped files")
+    assert ranks.run(2, look, cfg, Resume.auto) == [str(old)] * 2
+
+
+def test_a_flipped_bit_in_a_manifest_is_never_believed(saved):
+    """Any bit: what is no JSON any more, what names another file, and what is only another number."""
+    manifest = folders(saved)[-1] / "MANIFEST.json"
+    raw, content = manifest.read_bytes(), json.loads(manifest.read_text())
+    for place in range(0, len(raw), 3):
+        changed = bytearray(raw)
+        changed[place] ^= 1 << place % 8
+        manifest.write_bytes(changed)
+        try:
+            same = json.loads(manifest.read_bytes()) == content
+        except ValueError:
+            same = False
+        assert same or checkpoint._damage(str(manifest.parent)), raw[place - 20 : place + 20]
+
+
+def test_a_damaged_step_is_saved_again_beside_itself(saved):
+    """What a run does that went back and comes to the damaged step again."""
+    old, new = folders(saved)
+    damage(new, "a flipped bit")
+    spoilt = checkpoint.sha256(next(new.rglob("*.safetensors")))
+    assert ranks.run(1, look, saved, Resume.auto) == [str(old)]
+    ranks.run(1, train_and_save, saved, (1, 2), 3)
+    names = [p.name for p in folders(saved)]
+    assert names == ["damaged-1-step-00000002", "step-00000001", "step-00000002"]
+    assert checkpoint._damage(str(new)) is None
+    assert checkpoint.sha256(next((new.parent / names[0]).rglob("*.safetensors"))) == spoilt
+
+
+def test_what_is_kept_goes_by_the_step_not_by_the_clock(cfg):
+    ranks.run(1, train_and_save, cfg, (1, 2), 3)
+    for i, folder in enumerate(folders(cfg)):
+        os.utime(folder, (2e9 - i, 2e9 - i))
+    ranks.run(1, train_and_save, tiny.change(cfg, seed=1), (3,), 4)
+    assert [p.name for p in folders(cfg)] == ["step-00000002", "step-00000003"]
+    assert ranks.run(1, look, cfg, Resume.auto) == [str(folders(cfg)[-1])]
+
+
+def test_another_format_is_refused_and_not_passed_over(saved):
+    manifest = folders(saved)[-1] / "MANIFEST.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 99}))
+    says = ranks.run(2, look, saved, Resume.auto)[1]
+    assert says.startswith("66 error: checkpoint")
+    assert f"has format 99, this version reads {checkpoint.VERSION}" in says
 
 
 def test_resume_must_and_never(cfg):
@@ -197,6 +262,7 @@ def test_another_model_is_refused_and_another_layout_is_not(saved):
     says = ranks.run(1, look, tiny.change(saved, model__dim=128), Resume.auto)[0]
     assert "another model" in says
     assert "model.dim=64, this run has 128" in says
+    assert "give model.dim=64" in says
     assert ranks.run(2, look, tiny.change(saved, parallel__tp=2), Resume.auto) == [str(folders(saved)[-1])] * 2
 
 
