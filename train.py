@@ -38,6 +38,8 @@ from parallel.schedule import learning_rate
 
 def train_step(run: "Run") -> "Step":
     """One optimizer step: the next rows of every rank, forward and backward over its micro-batches, one update."""
+    if run.log:
+        run.log.position(run.step, run.loader)
     batches, totals = next_batches(run, run.loader)
     lr = learning_rate(run.step, run.cfg.train.steps, run.cfg.optim)
     loss, norm = run.engine.train_step(batches, totals.targets, lr, run.guard)
@@ -174,7 +176,7 @@ def write_step(run: Run, step: Step) -> None:
     measured = run.meter.read()
     if run.log:
         values = {"step": run.step, "tokens": run.tokens, "loss": float(step.loss), "grad_norm": float(step.norm)}
-        values |= {"lr": step.lr, "padding": run.padding, "rows_skipped": run.loader.skipped}
+        values |= {"lr": step.lr, "batch": run.loader.batch, "padding": run.padding, "rows_skipped": run.loader.skipped}
         values |= {"updates_skipped": run.guard.skipped, "loss_spikes": run.guard.spikes}
         run.log.step({**values, **measured})
 
@@ -287,7 +289,7 @@ def open_loader(cfg: Config, place: Mesh, split: str, mix: dict[str, float]) -> 
     return Loader(
         mix, split, d.seq_len, cfg.train.global_batch, cfg.train.micro_batch, cfg.seed,
         place.dp.rank, place.dp.size, d.long_documents, d.verify, d.on_bad_shard, d.read_ahead,
-        Limits(d.cache_dir, int(d.cache_gib * 2**30), d.timeout),
+        Limits(d.cache_dir, int(d.cache_gib * 2**30), d.timeout), d.skip if split == "train" else (),
     )  # fmt: skip
 
 

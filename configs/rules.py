@@ -24,6 +24,9 @@ def check(cfg: Config, world: int) -> None:
     """Apply every rule to a run on `world` processes. Raises ConfigError with the first one that is broken."""
     _check_ranges(cfg)
     _check_profile(cfg.profile)
+    for span in cfg.data.skip:
+        ok = len(span) == 2 and 1 <= span[0] <= span[1]
+        _require(ok, "data.skip", cfg.data.skip, "no spans of batches", "give [[first, last], ...], counted from 1")
     _check_paths(cfg)
     _check_model(cfg)
     if cfg.attention.kind is Kind.nsa:

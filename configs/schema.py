@@ -166,6 +166,9 @@ class Data:
     long_documents: LongDocuments = LongDocuments.carry
     verify: bool = False  # compare each shard's whole hash when it is opened; pages are always checked at first use
     on_bad_shard: OnBadShard = OnBadShard.stop
+    # [[first, last], ...]: global batches that are passed over, counted from 1 in the order of the data (`batch` in
+    # metrics.jsonl), over stages of other seq_len too; each step takes the next one that is left
+    skip: list[list[int]] = field(default_factory=list)
     read_ahead: int = 1  # steps made ready by a thread while the device works; the order does not depend on it
     cache_dir: str = "~/.cache/sparsetron"  # of shards from servers, shared by the processes of a node
     cache_gib: float = 64.0  # kept there at most; the least recently opened go first

@@ -14,6 +14,8 @@ from typing import Any, Optional
 import yaml
 
 from configs.schema import Config, WandbMode
+from data import batches
+from data.loader import Loader
 
 
 class RunLog:
@@ -28,6 +30,16 @@ class RunLog:
         self.file = open(self.directory / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  closed by close()
         self.wandb = _Wandb(cfg, yaml.safe_load(config_text), environment, wandb_id)
         self.started, self.first = time.monotonic(), None
+        self.batch: Optional[int] = None  # that came last
+
+    def position(self, step: int, loader: Loader) -> None:
+        """Keep where the data stands after `step`, wherever the next batch does not simply follow (data/batches.py)."""
+        number, _ = loader.coming
+        if self.batch is None or number != self.batch + 1:
+            batches.append(self.directory, step, loader)
+        if number != loader.batch + 1:
+            print(f"step {step + 1} passes over batches {loader.batch + 1} to {number - 1}", flush=True)
+        self.batch = number
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One logged step."""
