@@ -7,7 +7,7 @@ Exit codes are in configs/errors.py.
 import os
 import sys
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Optional
@@ -15,19 +15,19 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 
-from configs.errors import ConfigError, DataError, DivergedError, RunError
+from configs.errors import ConfigError, DataError, RunError
 from configs.rules import check
 from configs.schema import Config, sources
 from data.loader import Batch, Loader
 from data.store import Limits
-from launch import sweep
+from launch import rollbacks, sweep
 from launch.compose import compose, from_text, is_multirun
 from launch.log import RunLog
 from launch.meter import Meter, environment
 from launch.profile import Trace
 from launch.stop import REASONS, Stop
 from parallel import checkpoint, health, mesh, metrics
-from parallel.comm import host_gather, host_sum, together
+from parallel.comm import agree, host_gather, host_sum, together
 from parallel.engine import Engine
 from parallel.guard import Guard
 from parallel.mesh import Mesh
@@ -72,7 +72,9 @@ def train(run: "Run") -> tuple[int, str]:
             write_health(run, watch)
         if due(run.step, cfg.train.eval_every) or last:
             evaluate(run)
-        if due(run.step, cfg.checkpoint.every) or last:
+        if run.guard.spent:
+            rollbacks.go_back(run, {"loss": float(step.loss), "norm": float(step.norm), "lr": step.lr})
+        elif due(run.step, cfg.checkpoint.every) or last:
             run.saver.save(run.step, run.state())
         meter.resume()
     run.saver.wait(last=True)
@@ -98,6 +100,7 @@ class Run:
     meter: Meter
     guard: Guard
     saver: Optional[Saver] = None
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
     log: Optional[RunLog] = None  # on rank 0
     step: int = 0
     tokens: int = 0  # positions of rows, padding included
@@ -108,7 +111,19 @@ class Run:
         """What a checkpoint holds besides weights and optimizer. Nothing is drawn at random after the start."""
         counters = {"step": self.step, "tokens": self.tokens, "padding": self.padding, "wandb_id": self.wandb_id}
         parts = {"data": self.loader.state_dict(), "guard": self.guard.state_dict()}
-        return {**describe(self.cfg, self.mesh, self.vocab), **counters, **parts}
+        return {**self.identity(), **counters, **parts}
+
+    def identity(self) -> dict[str, Any]:
+        """The part of it that a checkpoint is judged by."""
+        return describe(self.cfg, self.mesh, self.vocab)
+
+    def restore(self, path: str, state: dict[str, Any]) -> None:
+        """Be where a checkpoint was made."""
+        checkpoint.load(path, self.engine)
+        self.loader.load_state_dict(state["data"])
+        self.step, self.tokens, self.padding = state["step"], state["tokens"], state["padding"]
+        self.wandb_id = state["wandb_id"]
+        self.guard.load_state_dict(state["guard"])
 
 
 @dataclass(frozen=True)
@@ -182,26 +197,10 @@ def write_step(run: Run, step: Step) -> None:
 
 
 def write_skipped(run: Run, step: Step) -> None:
-    """Log a step whose update was left out, under other names: its loss is in no statistic.
-
-    Raises DivergedError, with all there is to see written down, if there were too many of them.
-    """
-    seen = {"loss": float(step.loss), "norm": float(step.norm)}
+    """Log a step whose update was left out, under other names: its loss is in no statistic."""
     if run.log:
+        seen = {"loss": float(step.loss), "norm": float(step.norm)}
         run.log.skipped(run.step, run.tokens, run.guard.why, run.guard.skipped, seen)
-    if not run.guard.spent:
-        return
-    look = Path(run.cfg.run.dir, "diverged", f"step-{run.step:08d}.json")
-    if run.log:
-        end = run.loader.consumed
-        rows = {"first": end - run.cfg.train.global_batch, "end": end}
-        position = {"step": run.step, "rows": rows, "data": run.loader.state_dict()}
-        numbers = {**seen, "lr": step.lr, "guard": run.guard.state_dict(), "parameters": run.engine.norms}
-        run.log.bundle(look, {**position, "why": run.guard.why, **numbers})
-    why = f"{run.guard.in_a_row} updates left out in a row, {run.guard.skipped} in all; now {run.guard.why}"
-    why += f" (loss {seen['loss']}, gradient norm {seen['norm']})"
-    fix = f"see {look}, then continue from a checkpoint before it with a lower optim.lr"
-    raise DivergedError("step", run.step, why, fix)
 
 
 def log_save(run: Run, figures: dict[str, Any]) -> None:
@@ -257,13 +256,10 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         Guard(cfg.guard, cfg.train.steps),
     )
     run.wandb_id = uuid.uuid4().hex[:12]
+    run.rollbacks = agree(place, lambda: rollbacks.read(Path(cfg.run.dir)))
+    loader.skip += [tuple(r["batches"]) for r in run.rollbacks]
     if found:
-        path, state = found
-        checkpoint.load(path, run.engine)
-        loader.load_state_dict(state["data"])
-        run.step, run.tokens, run.padding = state["step"], state["tokens"], state["padding"]
-        run.wandb_id = state["wandb_id"]
-        run.guard.load_state_dict(state["guard"])
+        run.restore(*found)
     elif cfg.train.start_from:
         checkpoint.begin(Path(cfg.train.start_from), run.engine, place, describe(cfg, place, vocab))
     run.saver = Saver(Path(cfg.run.dir), run.engine, place, cfg.checkpoint, lambda figures: log_save(run, figures))

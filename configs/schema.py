@@ -77,10 +77,14 @@ class OnBadShard(Enum):
 
 
 class OnSpike(Enum):
-    """keep: a step whose loss is a spike is counted. skip: and its update is left out."""
+    """keep: a step whose loss is a spike is counted. skip: and its update is left out. rollback: and where
+    guard.in_a_row of them (or of what is no number) would end the run, it goes back to the newest checkpoint before
+    them, and passes over all batches since.
+    """
 
     keep = "keep"
     skip = "skip"
+    rollback = "rollback"
 
 
 class OnSaveError(Enum):
@@ -221,6 +225,7 @@ class Guard:
     on_spike: OnSpike = OnSpike.keep
     spike: float = 6.0  # deviations above the median of the last losses that make a spike
     window: int = 128  # accepted steps that median and deviation are of; no spikes before there are so many
+    rollbacks: int = 3  # so many at most under on_spike=rollback, in the whole life of a run
     in_a_row: int = 3  # so many updates left out one after the other end the run
     share: float = 0.001  # and so do more than this share of train.steps in all (or than in_a_row, if that is more)
 

@@ -65,6 +65,13 @@ class RunLog:
         self._write(metrics)
         print(f"step {metrics['step']:>6}/{self.steps}  validation loss {metrics['val_loss']:.4f}", flush=True)
 
+    def rolled_back(self, tokens: int, entries: list[dict[str, Any]]) -> None:
+        """The run went back, for the last of these reasons."""
+        last = entries[-1]
+        self._write({"tokens": tokens, "rolled_back": len(entries), **last})
+        past = "batches {} to {}".format(*last["batches"])
+        print(f"step {last['step']}: {last['why']}; back to step {last['to']}, past {past}", flush=True)
+
     def saved(self, figures: dict[str, Any]) -> None:
         """One save: how long training stood still for it, how long it took behind it; or why it failed."""
         self._write(figures)

@@ -21,8 +21,12 @@ VERSION = 3
 PIECES = "pieces"
 
 
-def find(run: Path, mesh: Mesh, resume: Resume, state: dict[str, Any]) -> Optional[tuple[str, dict[str, Any]]]:
+def find(
+    run: Path, mesh: Mesh, resume: Resume, state: dict[str, Any], before: Optional[int] = None
+) -> Optional[tuple[str, dict[str, Any]]]:
     """The newest checkpoint of `run` whose every file is whole, with its state; None for a new run. Collective.
+
+    Those of the step `before` and later ones, if it is given, are of a way that the run leaves: they are set aside.
 
     Raises CheckpointError when `resume` forbids what is there, or when the checkpoint's model is not the one that
     `state` says this run has. Its layout may be another one.
@@ -31,8 +35,9 @@ def find(run: Path, mesh: Mesh, resume: Resume, state: dict[str, Any]) -> Option
         if agree(mesh, lambda: run.exists() and any(run.iterdir())):
             raise CheckpointError("run.dir", run, "exists and resume=never", "choose another run.dir or resume=auto")
         return None
-    damaged = []
-    for path in agree(mesh, lambda: published(run)):
+    paths, damaged = agree(mesh, lambda: published(run)), []
+    later = [p for p in paths if before is not None and int(Path(p).name.removeprefix("step-")) >= before]
+    for path in paths[len(later) :]:
         _check_version(path, agree(mesh, lambda path=path: _version(path)))
         problems = [p for p in host_gather(_damage(path, mesh.rank, mesh.world), mesh) if p]
         if problems:
@@ -41,7 +46,8 @@ def find(run: Path, mesh: Mesh, resume: Resume, state: dict[str, Any]) -> Option
             continue
         found = agree(mesh, lambda path=path: json.loads(Path(path, "MANIFEST.json").read_text())["state"])
         _check_same(path, found, state)
-        together(lambda damaged=damaged: _set_aside(damaged if mesh.rank == 0 else []), mesh)
+        for why, which in (("damaged", damaged), ("abandoned", later)):
+            together(lambda why=why, which=which: _set_aside(which if mesh.rank == 0 else [], why), mesh)
         return path, found
     if resume is Resume.must:
         raise CheckpointError(
@@ -101,10 +107,10 @@ def published(run: Path) -> list[str]:
     return sorted(map(str, names), reverse=True)
 
 
-def _set_aside(paths: list[str]) -> None:
+def _set_aside(paths: list[str], why: str) -> None:
     """Make room for these steps to be saved again; the files stay, for a look or for a disk that comes back."""
     for path in map(Path, paths):
-        aside = next(p for n in count(1) if not (p := path.with_name(f"damaged-{n}-{path.name}")).exists())
+        aside = next(p for n in count(1) if not (p := path.with_name(f"{why}-{n}-{path.name}")).exists())
         try:
             path.rename(aside)
         except OSError as e:
