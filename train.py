@@ -26,7 +26,7 @@ from launch.log import RunLog
 from launch.meter import Meter, environment
 from launch.profile import Trace
 from launch.stop import REASONS, Stop
-from parallel import checkpoint, health, mesh, metrics
+from parallel import checkpoint, health, mesh, metrics, repeat
 from parallel.comm import agree, host_gather, host_sum, together
 from parallel.engine import Engine
 from parallel.guard import Guard
@@ -346,7 +346,10 @@ def main() -> int:
     try:
         text = shared_config(store, rank, world)
         if text:  # without one, Hydra showed something
-            mesh.start_processes(store, rank, world, from_text(text).parallel.timeout)
+            cfg = from_text(text)
+            if cfg.deterministic:
+                repeat.deterministic()
+            mesh.start_processes(store, rank, world, cfg.parallel.timeout)
             code, _ = start(text, stop)
             dist.destroy_process_group()
     except RunError as e:

@@ -271,6 +271,7 @@ class Config:
     wandb: Wandb = field(default_factory=Wandb)
     resume: Resume = Resume.auto
     seed: int = 0
+    deterministic: bool = False  # the same bits each time on GPUs of one kind, at some cost in speed
     twin: Optional[Twin] = None
     experiment: Optional[str] = None  # the name under which runs are compared
 

@@ -1,6 +1,7 @@
 """What has to hold on a GPU: the definition computes there what it computes on a CPU, and layouts train alike."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from nsa.cases import CASES, Case, make_inputs
 from parallel import mesh
 from parallel.engine import Engine
 from parallel.saver import Saver
-from tests import ranks, test_nsa_reference, tiny
+from tests import ranks, test_nsa_reference, test_train, tiny
 from tests.test_parity import STEPS, train
 
 pytestmark = pytest.mark.gpu
@@ -113,6 +114,30 @@ def test_training_stands_still_for_a_second_at_most_while_a_billion_parameters_a
         print(f"{how}, save {r['step']}: {r['save_gib']:.2f} GiB, {took}")
     assert files[0] == files[2] == files[3], "the copy is what was on the device"
     assert all(r["save_stall_s"] <= 1 for r in reports[3:])
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full"])
+@pytest.mark.parametrize("layout", [[], ["parallel.zero=2"], ["parallel.tp=2"], ["parallel.pp=2"]], ids=str)
+def test_a_continued_run_is_the_unbroken_one_bit_for_bit(corpus, tmp_path, attention, layout):
+    """With deterministic=true, in bf16, by the kernels; sizes that they have."""
+    processes = 2 if layout else 1
+    if torch.cuda.device_count() < processes:
+        pytest.skip("needs a GPU for each process")
+    options = "model.dim=128 model.heads=8 model.kv_heads=2 model.qk_dim=32 model.v_dim=32 attention.l=16 attention.d=8"
+    options += " train.precision=bf16 data.seq_len=512 train.steps=6 checkpoint.every=3 deterministic=true"
+    options = [f"attention={attention}", *options.split(), *layout]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    test_train.train(corpus, whole, *options, processes=processes)
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoints" / "step-00000006")
+    (broken / "metrics.jsonl").unlink()
+    test_train.train(corpus, broken, *options, processes=processes)
+    expected = test_train.lines(whole)
+    for step, m in test_train.lines(broken).items():
+        assert step > 3
+        assert [m[k] for k in ("loss", "grad_norm", "lr")] == [expected[step][k] for k in ("loss", "grad_norm", "lr")]
+    ends = [json.loads((r / "checkpoints/step-00000006/MANIFEST.json").read_text())["files"] for r in (whole, broken)]
+    assert ends[0] == ends[1]
 
 
 def where() -> str:

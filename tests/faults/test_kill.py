@@ -47,8 +47,7 @@ def same(run: Path, other: Path) -> None:
     for step, m in lines(other).items():
         for key in ("loss", "grad_norm", "lr", "tokens"):
             assert lines(run)[step][key] == m[key], (step, key)
-    hashes = [json.loads((r / "checkpoints/step-00000006/MANIFEST.json").read_text())["files"] for r in (run, other)]
-    assert hashes[0] == hashes[1]
+    same_files(run, other)
     assert not list((run / "checkpoints").glob("*.tmp"))
 
 
@@ -58,6 +57,11 @@ def hurt(corpus: str, folder: Path, site: str, *signals: int) -> tuple[int, set[
     start = [sys.executable, "-c", HURTS_ITSELF, site, " ".join(str(int(s)) for s in signals), str(ROOT), *options]
     done = subprocess.run(start, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, {p.name for p in (folder / "run" / "checkpoints").iterdir()}
+
+
+def same_files(run: Path, other: Path) -> None:
+    hashes = [json.loads((r / "checkpoints/step-00000006/MANIFEST.json").read_text())["files"] for r in (run, other)]
+    assert hashes[0] == hashes[1]
 
 
 @pytest.mark.parametrize("site", ["pieces", "hash", "manifest", "rename"])
@@ -86,6 +90,22 @@ def test_asked_twice_by_the_user_it_waits_for_nothing(corpus, tmp_path, unbroken
     assert left == {"step-00000002", "step-00000004.tmp"}
     train(corpus, tmp_path / "run", *SAVES)
     same(tmp_path / "run", unbroken)
+
+
+def test_what_is_only_looked_at_changes_nothing(corpus, tmp_path, unbroken):
+    """F29: how often is logged, evaluated, measured and saved, reading ahead, the dashboard, waiting for saves."""
+    run = tmp_path / "run"
+    train(
+        corpus,
+        run,
+        *"train.steps=6 train.log_every=2 train.eval_every=3 train.eval_batches=1 train.health_every=2".split(),
+        *"checkpoint.every=3 checkpoint.asynchronous=false data.read_ahead=4 data.verify=true".split(),
+        *"wandb.mode=offline profile.steps=[2,3] deterministic=true".split(),
+    )
+    assert list(lines(run)) == [2, 4, 6]
+    for step, m in lines(run).items():
+        assert [m[k] for k in ("loss", "grad_norm")] == [lines(unbroken)[step][k] for k in ("loss", "grad_norm")]
+    same_files(run, unbroken)
 
 
 def children(pid: int) -> list[int]:
