@@ -150,6 +150,40 @@ def test_manifest_lists_every_file(saved):
         assert all(sha256(folder / name) == entry["sha256"] for name, entry in listed.items())
 
 
+def save_and_watch(cfg: Config) -> list[tuple[str, str]]:
+    """What a save has the disk do, in order: (sync or rename, path below the run)."""
+    place, _, engine = build(cfg)
+    keeper, _ = saver(cfg, place, engine)
+    fsync, rename, seen = os.fsync, os.rename, []
+
+    def below(path: str) -> str:
+        return os.path.relpath(os.path.realpath(path), os.path.realpath(cfg.run.dir))
+
+    def watched_fsync(handle: int) -> None:
+        fsync(handle)
+        seen.append(("sync", below(f"/proc/self/fd/{handle}")))
+
+    def watched_rename(old, new) -> None:
+        rename(old, new)
+        seen.append(("rename", below(new)))
+
+    os.fsync, os.rename = watched_fsync, watched_rename
+    keeper.save(1, state(cfg, step=1))
+    keeper.wait(last=True)
+    os.fsync, os.rename = fsync, rename
+    return seen
+
+
+def test_all_is_on_the_disk_before_it_counts(cfg):
+    """A machine that loses its power after the rename has every file, and the rename itself once it is synced."""
+    seen = ranks.run(1, save_and_watch, cfg)[0]
+    folder = "checkpoints/step-00000001"
+    before, after = seen[: seen.index(("rename", folder))], seen[seen.index(("rename", folder)) :]
+    files = ["pieces/rank-00000.safetensors", "MANIFEST.json", "pieces", ""]
+    assert [path for _, path in before] == [f"{folder}.tmp/{f}".rstrip("/") for f in files]
+    assert after[1:] == [("sync", "checkpoints")]
+
+
 def test_only_the_newest_are_kept(cfg):
     ranks.run(1, train_and_save, cfg, (0, 1, 2), 3)
     assert [p.name for p in folders(cfg)] == ["step-00000001", "step-00000002"]
