@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from configs.errors import ConfigError, DataError, RunError
 from configs.rules import check
-from configs.schema import Config, sources
+from configs.schema import Config, OnBadShard, sources
 from data.loader import Batch, Loader
 from data.store import Limits
 from launch import rollbacks, sweep
@@ -282,11 +282,14 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
 def open_loader(cfg: Config, place: Mesh, split: str, mix: dict[str, float]) -> Loader:
     """The rows of this rank's data-parallel coordinate."""
     d = cfg.data
-    return Loader(
+    loader = Loader(
         mix, split, d.seq_len, cfg.train.global_batch, cfg.train.micro_batch, cfg.seed,
         place.dp.rank, place.dp.size, d.long_documents, d.verify, d.on_bad_shard, d.read_ahead,
         Limits(d.cache_dir, int(d.cache_gib * 2**30), d.timeout), d.skip if split == "train" else (),
     )  # fmt: skip
+    if place.rank == 0 and d.on_bad_shard is OnBadShard.stop:
+        loader.check()
+    return loader
 
 
 def vocabulary(cfg: Config, loader: Loader) -> int:

@@ -111,6 +111,11 @@ class Loader:
         """Rows of an epoch of the first source."""
         return self.order[0].total
 
+    def check(self) -> None:
+        """Raises DataError if a shard on this machine is missing or of another size."""
+        for source in self.sources:
+            source.check()
+
     def holding(self, split: str) -> dict[str, float]:
         """The data sets that have something in a split, with their weights."""
         weights = self.weights.counts.tolist()

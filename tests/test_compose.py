@@ -44,6 +44,14 @@ def test_experiments(monkeypatch, experiment):
     assert from_text(composed(monkeypatch, *NEEDED, f"experiment={experiment}")).experiment == experiment
 
 
+@pytest.mark.parametrize("key", ["_target_", "model._target_", "optim._target_", "wandb._target_", "data._target_"])
+@pytest.mark.parametrize("target", ["os.system", "subprocess.run", "builtins.eval", "webbrowser.open", "pickle.loads"])
+def test_nothing_that_a_configuration_names_is_called(monkeypatch, key, target):
+    """Nor is it taken for an option."""
+    with pytest.raises(ConfigError, match="_target_"):
+        composed(monkeypatch, *NEEDED, f"+{key}={target}")
+
+
 def test_the_papers_shape(monkeypatch):
     m = from_text(composed(monkeypatch, *NEEDED, "model=paper")).model
     assert (m.heads, m.kv_heads, m.qk_dim, m.v_dim) == (64, 4, 192, 128)
