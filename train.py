@@ -20,7 +20,7 @@ from configs.rules import check
 from configs.schema import Config, OnBadShard, sources
 from data.loader import Batch, Loader
 from data.store import Limits
-from launch import rollbacks, sweep
+from launch import memory, rollbacks, sweep
 from launch.compose import compose, from_text, is_multirun
 from launch.log import RunLog
 from launch.meter import Meter, environment
@@ -244,6 +244,8 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     held_out = together(lambda: open_loader(cfg, place, "val", val), place) if val else None
     vocab = vocabulary(cfg, loader)
     found = checkpoint.find(Path(cfg.run.dir), place, cfg.resume, describe(cfg, place, vocab))
+    with memory.explained(place):
+        engine = Engine(cfg, vocab, place)
     run = Run(
         cfg,
         place,
@@ -251,7 +253,7 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         vocab,
         loader,
         held_out,
-        Engine(cfg, vocab, place),
+        engine,
         Meter(cfg, place),
         Guard(cfg.guard, cfg.train.steps),
     )
@@ -268,7 +270,8 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         run.log.say(f"continues {found[0]}" if found else f"starts {cfg.run.dir}")
     code, reason = RunError.code, "internal error"
     try:
-        code, reason = train(run)
+        with memory.explained(place):
+            code, reason = train(run)
     except Exception as e:
         run.saver.settle()
         code, reason = (e.code, str(e)) if isinstance(e, RunError) else (code, reason)
@@ -357,9 +360,11 @@ def main() -> int:
             dist.destroy_process_group()
     except RunError as e:
         code = e.code
-        if rank == 0:
+        if rank == 0 or e.alone:
             print(e, file=sys.stderr, flush=True)
-        if dist.is_initialized():  # its threads, still at work when the process ends, now and then abort it
+        if (
+            dist.is_initialized() and not e.alone
+        ):  # its threads, still at work when the process ends, now and then abort it
             dist.destroy_process_group()
     if rank == 0 and "SPARSETRON_EXIT_FILE" in os.environ:
         Path(os.environ["SPARSETRON_EXIT_FILE"]).write_text(str(code))
