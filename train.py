@@ -362,9 +362,8 @@ def main() -> int:
         code = e.code
         if rank == 0 or e.alone:
             print(e, file=sys.stderr, flush=True)
-        if (
-            dist.is_initialized() and not e.alone
-        ):  # its threads, still at work when the process ends, now and then abort it
+        # Threads of its groups, still at work when the process ends, now and then abort it.
+        if dist.is_initialized() and not e.alone:
             dist.destroy_process_group()
     if rank == 0 and "SPARSETRON_EXIT_FILE" in os.environ:
         Path(os.environ["SPARSETRON_EXIT_FILE"]).write_text(str(code))

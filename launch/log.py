@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -31,12 +32,13 @@ class RunLog:
         self.wandb = _Wandb(cfg, yaml.safe_load(config_text), environment, wandb_id)
         self.started, self.first = time.monotonic(), None
         self.batch: Optional[int] = None  # that came last
+        self.full = False  # of the disk is known that it takes nothing
 
     def position(self, step: int, loader: Loader) -> None:
         """Keep where the data stands after `step`, wherever the next batch does not simply follow (data/batches.py)."""
         number, _ = loader.coming
         if self.batch is None or number != self.batch + 1:
-            batches.append(self.directory, step, loader)
+            self._try(lambda: batches.append(self.directory, step, loader))
         if number != loader.batch + 1:
             print(f"step {step + 1} passes over batches {loader.batch + 1} to {number - 1}", flush=True)
         self.batch = number
@@ -57,8 +59,8 @@ class RunLog:
 
     def bundle(self, path: Path, content: dict[str, Any]) -> None:
         """What there is to see where a run ended badly."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_json(content), indent=1))
+        self._try(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+        self._try(lambda: path.write_text(json.dumps(_json(content), indent=1)))
 
     def validation(self, metrics: dict[str, Any]) -> None:
         """One evaluation."""
@@ -88,13 +90,22 @@ class RunLog:
 
     def close(self, code: int, reason: str) -> None:
         """Write exit.json and end the W&B run."""
-        self.file.close()
-        (self.directory / "exit.json").write_text(json.dumps({"code": code, "reason": reason}))
+        self._try(self.file.close)
+        self._try(lambda: (self.directory / "exit.json").write_text(json.dumps({"code": code, "reason": reason})))
         self.wandb.finish(code)
 
     def _write(self, metrics: dict[str, Any]) -> None:
-        self.file.write(json.dumps(metrics) + "\n")
+        self._try(lambda: self.file.write(json.dumps(metrics) + "\n"))
         self.wandb.log(metrics)
+
+    def _try(self, write: Callable[[], Any]) -> None:
+        """A full disk ends a run where a checkpoint needs it; lines wait in the file's buffer until there is room."""
+        try:
+            write()
+        except OSError as e:
+            if not self.full:
+                print(f"warning: {self.directory}: {e}; metrics may be missing", file=sys.stderr, flush=True)
+            self.full = True
 
     def _line(self, m: dict[str, Any]) -> str:
         done = m["step"] - self.first

@@ -9,7 +9,7 @@ from configs.schema import LongDocuments
 from data import batches, inspect, tokenizer
 from data.loader import Loader
 from data.shards import read_manifest
-from tests.test_train import errors, lines, train
+from tests.test_train import lines, train
 
 SKIP = [[3, 4], [6, 6], [2, 3]]  # in any order, and overlapping
 LEFT = [1, 5, 7, 8, 9, 10, 11, 12]
@@ -103,9 +103,3 @@ def test_no_such_step_or_run(run, tmp_path, capsys):
     assert inspect.main([str(tmp_path), "--batch", "1"]) == 65
     assert "no readable batches.jsonl" in capsys.readouterr().err
     assert inspect.main([str(run), "--batch", "0"]) == 64
-
-
-@pytest.mark.parametrize("skip", ["[[2,1]]", "[[0,1]]", "[[1]]", "x"])
-def test_spans_that_are_none(corpus, tmp_path, skip):
-    (line,) = errors(train(corpus, tmp_path / "run", f"data.skip={skip}", code=64))
-    assert "data.skip" in line

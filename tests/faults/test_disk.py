@@ -1,8 +1,10 @@
 """F11, F12: disks that are full or take nothing. One line, code 66, on all ranks; what was published stays."""
 
+import json
 import os
 import resource
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,28 @@ def test_a_full_disk_ends_a_run_with_one_line_and_keeps_what_was_published(corpu
     assert max(lines(run)) < 6, "it does not train on for nothing"
 
 
+def test_a_disk_that_fills_up_under_a_run(corpus, small_disk):
+    """Lines of the log wait for room; the checkpoint does not."""
+    run = small_disk / "run"
+    started = command(corpus, run, "train.steps=60")
+    process = subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step      3/"):
+            with suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as f:
+                while True:
+                    f.write(bytes(100))
+        last = line
+    said = process.stderr.read()
+    assert process.wait(60) == 66
+    assert said.count("metrics may be missing") == 1
+    assert sum(line.startswith("error: ") for line in said.splitlines()) == 1
+    assert "Traceback" not in said
+    assert last.startswith(("step     60/", "warning: no checkpoint of step 60"))
+    text = (run / "metrics.jsonl").read_text()
+    assert all(json.loads(line) for line in text.splitlines()[:-1])
+
+
+@pytest.mark.slow
 def test_a_run_that_may_skip_saves_trains_to_its_end_but_does_not_end_well(corpus, small_disk):
     options = ["train.steps=4", "checkpoint.every=2", "checkpoint.on_error=skip"]
     done = train(corpus, small_disk / "run", *options, code=66)

@@ -84,6 +84,7 @@ def test_asked_to_stop_in_a_save_it_ends_that_and_saves_the_step_it_has_come_to(
     same(tmp_path / "run", unbroken)
 
 
+@pytest.mark.slow
 def test_asked_twice_by_the_user_it_waits_for_nothing(corpus, tmp_path, unbroken):
     code, left = hurt(corpus, tmp_path, "pieces", signal.SIGINT, signal.SIGINT)
     assert code != 0
