@@ -15,7 +15,6 @@ from typing import Any
 from configs.errors import DataError
 from configs.schema import LongDocuments, OnBadShard, scheme
 from data.loader import Loader
-from data.tokenizer import load
 
 FILE = "batches.jsonl"
 TOKENS = 24  # of a document, whose text is shown
@@ -88,6 +87,8 @@ def show(run: Path, step: int) -> None:
 
 def _encoding(loader: Loader) -> Any:
     """The tokenizer of the data, wherever that lies."""
+    from data.tokenizer import load  # late: a run, which writes batches.jsonl, does not need it
+
     known = loader.manifest.tokenizer
     if not known["ranks"]:
         return load(known["name"], None)
