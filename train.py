@@ -7,7 +7,7 @@ Exit codes are in configs/errors.py.
 import os
 import sys
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Optional
@@ -15,29 +15,32 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 
-from configs.errors import ConfigError, DataError, DivergedError, RunError
+from configs.errors import ConfigError, DataError, RunError
 from configs.rules import check
-from configs.schema import Config, sources
+from configs.schema import Config, OnBadShard, sources
 from data.loader import Batch, Loader
 from data.store import Limits
 from data.synthetic import RandomRows
-from launch import sweep
+from launch import memory, rollbacks, sweep
 from launch.compose import compose, from_text, is_multirun
 from launch.log import RunLog
 from launch.meter import Meter, environment
 from launch.profile import Trace
 from launch.stop import REASONS, Stop
-from parallel import checkpoint, health, mesh, metrics
-from parallel.comm import host_gather, host_sum, together
+from parallel import checkpoint, health, mesh, metrics, repeat
+from parallel.comm import agree, host_gather, host_sum, together
 from parallel.engine import Engine
 from parallel.guard import Guard
 from parallel.mesh import Mesh
 from parallel.position import LossByPosition
+from parallel.saver import Saver
 from parallel.schedule import learning_rate
 
 
 def train_step(run: "Run") -> "Step":
     """One optimizer step: the next rows of every rank, forward and backward over its micro-batches, one update."""
+    if run.log:
+        run.log.position(run.step, run.loader)
     batches, totals = next_batches(run, run.loader)
     lr = learning_rate(run.step, run.cfg.train.steps, run.cfg.optim)
     loss, norm = run.engine.train_step(batches, totals.targets, lr, run.guard)
@@ -70,9 +73,12 @@ def train(run: "Run") -> tuple[int, str]:
             write_health(run, watch)
         if due(run.step, cfg.train.eval_every) or last:
             evaluate(run)
-        if due(run.step, cfg.checkpoint.every) or (last and cfg.checkpoint.last):
-            checkpoint.save(Path(cfg.run.dir), run.step, run.engine, run.mesh, run.state(), cfg.checkpoint.keep)
+        if run.guard.spent:
+            rollbacks.go_back(run, {"loss": float(step.loss), "norm": float(step.norm), "lr": step.lr})
+        elif due(run.step, cfg.checkpoint.every) or (last and cfg.checkpoint.last):
+            run.saver.save(run.step, run.state())
         meter.resume()
+    run.saver.wait(last=True)
     return stop or (0, "done")
 
 
@@ -94,6 +100,8 @@ class Run:
     engine: Engine
     meter: Meter
     guard: Guard
+    saver: Optional[Saver] = None
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
     log: Optional[RunLog] = None  # on rank 0
     step: int = 0
     tokens: int = 0  # positions of rows, padding included
@@ -104,7 +112,19 @@ class Run:
         """What a checkpoint holds besides weights and optimizer. Nothing is drawn at random after the start."""
         counters = {"step": self.step, "tokens": self.tokens, "padding": self.padding, "wandb_id": self.wandb_id}
         parts = {"data": self.loader.state_dict(), "guard": self.guard.state_dict()}
-        return {**describe(self.cfg, self.mesh, self.vocab), **counters, **parts}
+        return {**self.identity(), **counters, **parts}
+
+    def identity(self) -> dict[str, Any]:
+        """The part of it that a checkpoint is judged by."""
+        return describe(self.cfg, self.mesh, self.vocab)
+
+    def restore(self, path: str, state: dict[str, Any]) -> None:
+        """Be where a checkpoint was made."""
+        checkpoint.load(path, self.engine)
+        self.loader.load_state_dict(state["data"])
+        self.step, self.tokens, self.padding = state["step"], state["tokens"], state["padding"]
+        self.wandb_id = state["wandb_id"]
+        self.guard.load_state_dict(state["guard"])
 
 
 @dataclass(frozen=True)
@@ -141,13 +161,15 @@ def next_batches(run: Run, loader: Loader | RandomRows) -> tuple[list[Batch], To
     padding = sum(b.padding for b in batches)
     asked = run.stop.asked(Path(run.cfg.run.dir))
     counts = [targets, flops, dense, padding]
-    faults = [error is not None, bool(loader.damaged)]
-    sums = host_sum([*faults, *(asked == reason for reason in REASONS), *counts], run.mesh)
+    facts = [error is not None, bool(loader.damaged), run.saver.finished]
+    sums = host_sum([*facts, *(asked == reason for reason in REASONS), *counts], run.mesh)
     if sums[0]:
         raise next(e for e in host_gather(error, run.mesh) if e)
-    stop = next((REASONS[reason] for reason, count in zip(REASONS, sums[2:]) if count), None)
+    if sums[2] == run.mesh.world:
+        run.saver.wait()
+    stop = next((REASONS[reason] for reason, count in zip(REASONS, sums[3:]) if count), None)
     same = run.mesh.tp.size * run.mesh.pp.size  # this many ranks hold each row
-    totals = Totals(*(s // same for s in sums[2 + len(REASONS) :]), stop)
+    totals = Totals(*(s // same for s in sums[3 + len(REASONS) :]), stop)
     return skip_damaged(run, loader, batches, totals) if sums[1] else (batches, totals)
 
 
@@ -170,32 +192,22 @@ def write_step(run: Run, step: Step) -> None:
     measured = run.meter.read()
     if run.log:
         values = {"step": run.step, "tokens": run.tokens, "loss": float(step.loss), "grad_norm": float(step.norm)}
-        values |= {"lr": step.lr, "padding": run.padding, "rows_skipped": run.loader.skipped}
+        values |= {"lr": step.lr, "batch": run.loader.batch, "padding": run.padding, "rows_skipped": run.loader.skipped}
         values |= {"updates_skipped": run.guard.skipped, "loss_spikes": run.guard.spikes}
         run.log.step({**values, **measured})
 
 
 def write_skipped(run: Run, step: Step) -> None:
-    """Log a step whose update was left out, under other names: its loss is in no statistic.
-
-    Raises DivergedError, with all there is to see written down, if there were too many of them.
-    """
-    seen = {"loss": float(step.loss), "norm": float(step.norm)}
+    """Log a step whose update was left out, under other names: its loss is in no statistic."""
     if run.log:
+        seen = {"loss": float(step.loss), "norm": float(step.norm)}
         run.log.skipped(run.step, run.tokens, run.guard.why, run.guard.skipped, seen)
-    if not run.guard.spent:
-        return
-    look = Path(run.cfg.run.dir, "diverged", f"step-{run.step:08d}.json")
+
+
+def log_save(run: Run, figures: dict[str, Any]) -> None:
+    """Log a save that has ended."""
     if run.log:
-        end = run.loader.consumed
-        rows = {"first": end - run.cfg.train.global_batch, "end": end}
-        position = {"step": run.step, "rows": rows, "data": run.loader.state_dict()}
-        numbers = {**seen, "lr": step.lr, "guard": run.guard.state_dict(), "parameters": run.engine.norms}
-        run.log.bundle(look, {**position, "why": run.guard.why, **numbers})
-    why = f"{run.guard.in_a_row} updates left out in a row, {run.guard.skipped} in all; now {run.guard.why}"
-    why += f" (loss {seen['loss']}, gradient norm {seen['norm']})"
-    fix = f"see {look}, then continue from a checkpoint before it with a lower optim.lr"
-    raise DivergedError("step", run.step, why, fix)
+        run.log.saved(figures)
 
 
 def evaluate(run: Run) -> None:
@@ -233,6 +245,8 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     held_out = together(lambda: open_loader(cfg, place, "val", val), place) if val else None
     vocab = vocabulary(cfg, loader)
     found = checkpoint.find(Path(cfg.run.dir), place, cfg.resume, describe(cfg, place, vocab))
+    with memory.explained(place):
+        engine = Engine(cfg, vocab, place)
     run = Run(
         cfg,
         place,
@@ -240,28 +254,28 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         vocab,
         loader,
         held_out,
-        Engine(cfg, vocab, place),
+        engine,
         Meter(cfg, place),
         Guard(cfg.guard, cfg.train.steps),
     )
     run.wandb_id = uuid.uuid4().hex[:12]
+    run.rollbacks = agree(place, lambda: rollbacks.read(Path(cfg.run.dir)))
+    loader.skip += [tuple(r["batches"]) for r in run.rollbacks]
     if found:
-        path, state = found
-        checkpoint.load(path, run.engine)
-        loader.load_state_dict(state["data"])
-        run.step, run.tokens, run.padding = state["step"], state["tokens"], state["padding"]
-        run.wandb_id = state["wandb_id"]
-        run.guard.load_state_dict(state["guard"])
+        run.restore(*found)
     elif cfg.train.start_from:
         checkpoint.begin(Path(cfg.train.start_from), run.engine, place, describe(cfg, place, vocab))
+    run.saver = Saver(Path(cfg.run.dir), run.engine, place, cfg.checkpoint, lambda figures: log_save(run, figures))
     if place.rank == 0:
         run.log = RunLog(cfg, text, environment(place, loader.fingerprint), run.wandb_id)
         run.log.say(f"continues {found[0]}" if found else f"starts {cfg.run.dir}")
     code, reason = RunError.code, "internal error"
     try:
-        code, reason = train(run)
-    except RunError as e:
-        code, reason = e.code, str(e)
+        with memory.explained(place):
+            code, reason = train(run)
+    except Exception as e:
+        run.saver.settle()
+        code, reason = (e.code, str(e)) if isinstance(e, RunError) else (code, reason)
         raise
     finally:
         if run.log:
@@ -273,12 +287,17 @@ def open_loader(cfg: Config, place: Mesh, split: str, mix: dict[str, float]) -> 
     """The rows of this rank's data-parallel coordinate."""
     d, t = cfg.data, cfg.train
     if d.random:
-        return RandomRows(d.random, d.seq_len, t.global_batch, t.micro_batch, cfg.seed, place.dp.rank, place.dp.size)
-    return Loader(
+        return RandomRows(
+            d.random, d.seq_len, t.global_batch, t.micro_batch, cfg.seed, place.dp.rank, place.dp.size, d.skip
+        )
+    loader = Loader(
         mix, split, d.seq_len, t.global_batch, t.micro_batch, cfg.seed,
         place.dp.rank, place.dp.size, d.long_documents, d.verify, d.on_bad_shard, d.read_ahead,
-        Limits(d.cache_dir, int(d.cache_gib * 2**30), d.timeout),
+        Limits(d.cache_dir, int(d.cache_gib * 2**30), d.timeout), d.skip if split == "train" else (),
     )  # fmt: skip
+    if place.rank == 0 and d.on_bad_shard is OnBadShard.stop:
+        loader.check()
+    return loader
 
 
 def vocabulary(cfg: Config, loader: Loader | RandomRows) -> int:
@@ -338,14 +357,18 @@ def main() -> int:
     try:
         text = shared_config(store, rank, world)
         if text:  # without one, Hydra showed something
-            mesh.start_processes(store, rank, world, from_text(text).parallel.timeout)
+            cfg = from_text(text)
+            if cfg.deterministic:
+                repeat.deterministic()
+            mesh.start_processes(store, rank, world, cfg.parallel.timeout)
             code, _ = start(text, stop)
             dist.destroy_process_group()
     except RunError as e:
         code = e.code
-        if rank == 0:
+        if rank == 0 or e.alone:
             print(e, file=sys.stderr, flush=True)
-        if dist.is_initialized():  # its threads, still at work when the process ends, now and then abort it
+        # Threads of its groups, still at work when the process ends, now and then abort it.
+        if dist.is_initialized() and not e.alone:
             dist.destroy_process_group()
     if rank == 0 and "SPARSETRON_EXIT_FILE" in os.environ:
         Path(os.environ["SPARSETRON_EXIT_FILE"]).write_text(str(code))

@@ -14,6 +14,7 @@ class RunError(Exception):
     """An error the user can act on: `error: <what> <where>: <why>; <what to do>`."""
 
     code = 70
+    alone = False  # raised on one rank of several, where the others cannot know
 
     def __init__(self, what: str, where: object, why: str, fix: str):
         super().__init__(what, str(where), why, fix)
@@ -39,6 +40,12 @@ class CheckpointError(RunError):
     """A run directory or checkpoint that is missing, damaged or of another model."""
 
     code = 66
+
+
+class OutOfMemory(RunError):
+    """A rank has no memory left, of its device or of its host."""
+
+    alone = True
 
 
 class DivergedError(RunError):

@@ -30,6 +30,9 @@ def check_sizes(cfg: Config, world: int) -> None:
     """Apply the rules that do not depend on where a run reads and writes."""
     _check_ranges(cfg)
     _check_profile(cfg.profile)
+    for span in cfg.data.skip:
+        ok = len(span) == 2 and 1 <= span[0] <= span[1]
+        _require(ok, "data.skip", cfg.data.skip, "no spans of batches", "give [[first, last], ...], counted from 1")
     _check_model(cfg)
     if cfg.attention.kind is Kind.nsa:
         _check_nsa(cfg.attention)
@@ -52,7 +55,7 @@ _AT_LEAST_ONE = """
 _AT_LEAST_ZERO = """
     train.health_every
     attention.initial optim.lr optim.min_lr optim.warmup optim.weight_decay
-    train.steps train.eval_every checkpoint.every seed data.read_ahead guard.share
+    train.steps train.eval_every checkpoint.every seed data.read_ahead guard.share guard.rollbacks
 """.split()
 _ABOVE_ZERO = """
     model.rope_theta model.norm_eps model.init_std optim.eps optim.clip

@@ -78,9 +78,20 @@ class OnBadShard(Enum):
 
 
 class OnSpike(Enum):
-    """keep: a step whose loss is a spike is counted. skip: and its update is left out."""
+    """keep: a step whose loss is a spike is counted. skip: and its update is left out. rollback: and where
+    guard.in_a_row of them (or of what is no number) would end the run, it goes back to the newest checkpoint before
+    them, and passes over all batches since.
+    """
 
     keep = "keep"
+    skip = "skip"
+    rollback = "rollback"
+
+
+class OnSaveError(Enum):
+    """stop: a checkpoint that cannot be written ends the run. skip: it is logged, and the next one tried."""
+
+    stop = "stop"
     skip = "skip"
 
 
@@ -162,6 +173,9 @@ class Data:
     long_documents: LongDocuments = LongDocuments.carry
     verify: bool = False  # compare each shard's whole hash when it is opened; pages are always checked at first use
     on_bad_shard: OnBadShard = OnBadShard.stop
+    # [[first, last], ...]: global batches that are passed over, counted from 1 in the order of the data (`batch` in
+    # metrics.jsonl), over stages of other seq_len too; each step takes the next one that is left
+    skip: list[list[int]] = field(default_factory=list)
     read_ahead: int = 1  # steps made ready by a thread while the device works; the order does not depend on it
     cache_dir: str = "~/.cache/sparsetron"  # of shards from servers, shared by the processes of a node
     cache_gib: float = 64.0  # kept there at most; the least recently opened go first
@@ -204,6 +218,8 @@ class Checkpoint:
     every: int = 0  # steps; 0: only after the last one
     last: bool = True  # also after the last step, or when the run is asked to stop
     keep: int = 2
+    asynchronous: bool = True  # written while training goes on, from a copy in host memory (12 bytes a parameter)
+    on_error: OnSaveError = OnSaveError.stop  # the last checkpoint of a run has to be written in any case
 
 
 @dataclass(kw_only=True)
@@ -213,6 +229,7 @@ class Guard:
     on_spike: OnSpike = OnSpike.keep
     spike: float = 6.0  # deviations above the median of the last losses that make a spike
     window: int = 128  # accepted steps that median and deviation are of; no spikes before there are so many
+    rollbacks: int = 3  # so many at most under on_spike=rollback, in the whole life of a run
     in_a_row: int = 3  # so many updates left out one after the other end the run
     share: float = 0.001  # and so do more than this share of train.steps in all (or than in_a_row, if that is more)
 
@@ -258,6 +275,7 @@ class Config:
     wandb: Wandb = field(default_factory=Wandb)
     resume: Resume = Resume.auto
     seed: int = 0
+    deterministic: bool = False  # the same bits each time on GPUs of one kind, at some cost in speed
     twin: Optional[Twin] = None
     experiment: Optional[str] = None  # the name under which runs are compared
 

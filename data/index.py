@@ -60,9 +60,12 @@ def hashes(path: Path) -> tuple[str, np.ndarray]:
 def _blocks(path: Path) -> np.ndarray:
     try:
         with tarfile.open(path, "r:") as tar:
-            members = {m.name: m for m in tar.getmembers() if m.isreg()}
+            every = [m for m in tar.getmembers() if m.isreg()]
     except tarfile.TarError as e:
         raise IndexFault(f"is no tar file ({e})") from e
+    members = {m.name: m for m in every}
+    if len(members) < len(every):
+        raise IndexFault(f"has {len(every) - len(members)} members twice")
     table = []
     for key in sorted({name.split(".", 1)[0] for name in members}):
         tok, doc = members.get(f"{key}.tok.bin"), members.get(f"{key}.doc.bin")

@@ -1,4 +1,4 @@
-"""python -m data.inspect DIR: what a prepared data set holds; decode a document, verify every hash."""
+"""python -m data.inspect DIR: what a prepared data set holds; decode a document, verify every hash; a run's batches."""
 
 import sys
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Optional
 import numpy as np
 
 from configs.errors import DataError
-from data import command
+from data import batches, command
 from data.shards import Manifest, Shard, ShardEntry, read_manifest
 from data.tokenizer import load
 
@@ -18,7 +18,8 @@ PERCENTILES = {"least": 0, "10%": 10, "median": 50, "90%": 90, "99%": 99, "most"
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
     p = command.options("python -m data.inspect", __doc__)
-    p.add_argument("directory", type=Path)
+    p.add_argument("directory", type=Path, help="of a data set, or with --batch of a run")
+    p.add_argument("--batch", type=command.number(int, 1), metavar="STEP", help="print what this step was trained on")
     p.add_argument("--document", type=command.number(int, 0), help="print the text of this one, counted from 0")
     p.add_argument("--split", default="train", help="that the document is of")
     p.add_argument("--histogram", type=Path, help="where to draw the lengths (default: DIR/lengths.png)")
@@ -26,6 +27,9 @@ def main(argv: Optional[list[str]] = None) -> int:
 
     def work() -> None:
         args = p.parse_args(argv)
+        if args.batch is not None:
+            batches.show(args.directory, args.batch)
+            return
         manifest = read_manifest(args.directory)
         if args.document is not None:
             print(decode(manifest, args.split, args.document))

@@ -6,6 +6,7 @@ was left, what its rows had not read of the window under way is read first, then
 
 import hashlib
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,7 @@ from configs.errors import DataError
 from configs.schema import LongDocuments, OnBadShard
 from data.order import Mixture, Rows, Window
 from data.pack import fill
+from data.shards import Shard
 from data.source import Source, background
 from data.store import Limits
 
@@ -72,8 +74,12 @@ class Loader:
         on_bad_shard: OnBadShard = OnBadShard.stop,
         read_ahead: int = 0,
         limits: Limits = LIMITS,
+        skip: Sequence[Sequence[int]] = (),
     ):
-        """`path` is a data set, or several with weights. Raises DataError if one is missing, or empty in the split."""
+        """`path` is a data set, or several with weights; `skip` has first and last of the batches to pass over.
+
+        Raises DataError if a data set is missing, or empty in the split.
+        """
         mix = {path: 1.0} if isinstance(path, str) else dict(path)
         self.sources = [Source(p, split, long_documents, verify, limits) for p in mix]
         self.manifest = self.sources[0].manifest
@@ -83,6 +89,7 @@ class Loader:
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.long_documents, self.on_bad_shard, self.read_ahead = long_documents, on_bad_shard, read_ahead
         self._check_tokenizers()
+        self.skip = [(first, last) for first, last in skip]
         self.damaged: dict[int, DataError] = {}  # rows of the last step that could not be read here
         self.skipped = 0  # rows without content so far, over all ranks that share their damage
         self._lock = threading.Lock()  # of everything that reads
@@ -104,6 +111,11 @@ class Loader:
         """Rows of an epoch of the first source."""
         return self.order[0].total
 
+    def check(self) -> None:
+        """Raises DataError if a shard on this machine is missing or of another size."""
+        for source in self.sources:
+            source.check()
+
     def holding(self, split: str) -> dict[str, float]:
         """The data sets that have something in a split, with their weights."""
         weights = self.weights.counts.tolist()
@@ -114,11 +126,12 @@ class Loader:
 
         Raises DataError for a damaged shard; under `skip` the rows it concerns are in `damaged`, and empty.
         """
-        first = self.consumed
+        first = self._next(self.consumed)
         batches, self.damaged = self._ahead.pop(first).result() if first in self._ahead else self._step(first)
-        self.consumed += self.global_batch
-        for step in range(1, self.read_ahead + 1):
-            self._prefetch(first + step * self.global_batch)
+        self.consumed = first + self.global_batch
+        for _ in range(self.read_ahead):
+            first = self._next(first + self.global_batch)
+            self._prefetch(first)
         self.skipped += len(self.damaged)
         return batches
 
@@ -131,6 +144,30 @@ class Loader:
             return batches
         with self._lock:
             return self._read(first, more | set(self.damaged))[0]
+
+    @property
+    def batch(self) -> int:
+        """Number of the last global batch, counted from 1 in the order of the data, those passed over included."""
+        return self._before + self.consumed // self.global_batch
+
+    @property
+    def coming(self) -> tuple[int, int]:
+        """Number of the next one, and its first row."""
+        row = self._next(self.consumed)
+        return self._before + row // self.global_batch + 1, row
+
+    def _next(self, row: int) -> int:
+        """The first row of the next step's batch, after `row` rows and those that are passed over."""
+        number = self._before + row // self.global_batch + 1
+        while over := next((last for first, last in self.skip if first <= number <= last), None):
+            row += (over + 1 - number) * self.global_batch
+            number = over + 1
+        return row
+
+    def origin(self, row: int) -> list[tuple[Shard, int, int]]:
+        """The (shard, begin, end) that a row consists of. Raises DataError for a damaged shard."""
+        place = self._place(row)
+        return self.sources[place.source].pieces(place.window, place.row, self.seq_len)
 
     def reset(self) -> None:
         """Begin anew."""
@@ -170,6 +207,7 @@ class Loader:
         with self._lock:  # a step that is read ahead ends before the order changes under it
             self.order: list[Rows] = [s.rows(self.seq_len, self.seed, rest) for s, rest in zip(self.sources, rests)]
             self.stages, self.consumed = stages, consumed
+            self._before = sum(rows for _, rows in stages) // self.global_batch  # batches of earlier stages
             self._ahead: dict[int, Future] = {}
             self._places: dict[int, Place] = {}
 
@@ -204,8 +242,7 @@ class Loader:
             pieces = []
             try:
                 if k not in empty:
-                    place = self._place(k)
-                    pieces = self.sources[place.source].pieces(place.window, place.row, self.seq_len)
+                    pieces = self.origin(k)
                 found = fill(tokens[i], labels[i], pieces, end)
             except DataError as e:
                 if self.on_bad_shard is OnBadShard.stop:

@@ -1,9 +1,10 @@
 """One prepared data set as a loader reads it: rows by position, from shards that are fetched ahead and closed again."""
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -35,6 +36,17 @@ class Source:
         self._plans: dict[tuple[int, int], tuple[Window, Plan]] = {}  # by shard and length of rows
         self._fetching: dict[int, Future] = {}
         self._slots = threading.Semaphore(4)  # fetches at once
+
+    def check(self) -> None:
+        """Raises DataError if a shard of a directory is missing, or is not as long as the manifest says."""
+        if not isinstance(self.store, Local):
+            return
+        names = (f"{self.store.where}/{path}" for path in self.entries.columns["path"])
+        with ThreadPoolExecutor(32) as pool:
+            sizes = np.fromiter(pool.map(_size, names, chunksize=256), np.int64, len(self.entries))
+        wrong = np.flatnonzero(sizes != self.entries.columns["bytes"])
+        if len(wrong):
+            self.shard(int(wrong[0]))
 
     def rows(self, seq_len: int, seed: int, rest: Window | None = None) -> Rows:
         """The order of its rows."""
@@ -114,6 +126,14 @@ def _manifest(store: Store) -> Manifest:
     except OSError as e:
         where, why = f"{store.where}/manifest.json", f"not readable ({type(e).__name__} {e})"
         raise DataError("manifest", where, why, "make it readable") from e
+
+
+def _size(path: str) -> int:
+    """-1 where there is nothing."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 def background(work: Callable[[], Any], turn: AbstractContextManager) -> Future:

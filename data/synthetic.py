@@ -3,6 +3,7 @@
 Row k is a function of (seed, k) alone, as rows of prepared data are, and one document.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,14 @@ class RandomRows:
     split = "train"
 
     def __init__(
-        self, vocab: int, seq_len: int, global_batch: int, micro_batch: int, seed: int, dp_rank: int, dp_size: int
-    ):
+        self, vocab: int, seq_len: int, global_batch: int, micro_batch: int, seed: int, dp_rank: int, dp_size: int,
+        skip: Sequence[Sequence[int]] = (),
+    ):  # fmt: skip
         self.vocab_size, self.seq_len, self.seed = vocab, seq_len, seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.skip = [(first, last) for first, last in skip]
+        self.paths: list[str] = []
         self.consumed = self.skipped = 0
         self.damaged: dict[int, DataError] = {}  # always: nothing is read
 
@@ -38,9 +42,22 @@ class RandomRows:
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch."""
         mine = self.global_batch // self.dp_size
-        first = self.consumed + self.dp_rank * mine
-        self.consumed += self.global_batch
+        first = self.coming[1] + self.dp_rank * mine
+        self.consumed = self.coming[1] + self.global_batch
         return [self._batch(range(k, k + self.micro_batch)) for k in range(first, first + mine, self.micro_batch)]
+
+    @property
+    def batch(self) -> int:
+        """Number of the last global batch, counted from 1."""
+        return self.consumed // self.global_batch
+
+    @property
+    def coming(self) -> tuple[int, int]:
+        """Number and first row of the next global batch that is not to be passed over."""
+        number = self.batch + 1
+        while over := next((last for first, last in self.skip if first <= number <= last), None):
+            number = over + 1
+        return number, (number - 1) * self.global_batch
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next step begins."""

@@ -8,12 +8,15 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
 import yaml
 
 from configs.schema import Config, WandbMode
+from data import batches
+from data.loader import Loader
 
 
 class RunLog:
@@ -28,6 +31,17 @@ class RunLog:
         self.file = open(self.directory / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  closed by close()
         self.wandb = _Wandb(cfg, yaml.safe_load(config_text), environment, wandb_id)
         self.started, self.first = time.monotonic(), None
+        self.batch: Optional[int] = None  # that came last
+        self.full = False  # of the disk is known that it takes nothing
+
+    def position(self, step: int, loader: Loader) -> None:
+        """Keep where the data stands after `step`, wherever the next batch does not simply follow (data/batches.py)."""
+        number, _ = loader.coming
+        if self.batch is None or number != self.batch + 1:
+            self._try(lambda: batches.append(self.directory, step, loader))
+        if number != loader.batch + 1:
+            print(f"step {step + 1} passes over batches {loader.batch + 1} to {number - 1}", flush=True)
+        self.batch = number
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One logged step."""
@@ -45,13 +59,26 @@ class RunLog:
 
     def bundle(self, path: Path, content: dict[str, Any]) -> None:
         """What there is to see where a run ended badly."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_json(content), indent=1))
+        self._try(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+        self._try(lambda: path.write_text(json.dumps(_json(content), indent=1)))
 
     def validation(self, metrics: dict[str, Any]) -> None:
         """One evaluation."""
         self._write(metrics)
         print(f"step {metrics['step']:>6}/{self.steps}  validation loss {metrics['val_loss']:.4f}", flush=True)
+
+    def rolled_back(self, tokens: int, entries: list[dict[str, Any]]) -> None:
+        """The run went back, for the last of these reasons."""
+        last = entries[-1]
+        self._write({"tokens": tokens, "rolled_back": len(entries), **last})
+        past = "batches {} to {}".format(*last["batches"])
+        print(f"step {last['step']}: {last['why']}; back to step {last['to']}, past {past}", flush=True)
+
+    def saved(self, figures: dict[str, Any]) -> None:
+        """One save: how long training stood still for it, how long it took behind it; or why it failed."""
+        self._write(figures)
+        if "save_failed" in figures:
+            print(f"warning: no checkpoint of step {figures['step']}: {figures['save_failed']}", flush=True)
 
     def health(self, metrics: dict[str, Any]) -> None:
         """What sparse attention does; too much for the terminal."""
@@ -63,13 +90,22 @@ class RunLog:
 
     def close(self, code: int, reason: str) -> None:
         """Write exit.json and end the W&B run."""
-        self.file.close()
-        (self.directory / "exit.json").write_text(json.dumps({"code": code, "reason": reason}))
+        self._try(self.file.close)
+        self._try(lambda: (self.directory / "exit.json").write_text(json.dumps({"code": code, "reason": reason})))
         self.wandb.finish(code)
 
     def _write(self, metrics: dict[str, Any]) -> None:
-        self.file.write(json.dumps(metrics) + "\n")
+        self._try(lambda: self.file.write(json.dumps(metrics) + "\n"))
         self.wandb.log(metrics)
+
+    def _try(self, write: Callable[[], Any]) -> None:
+        """A full disk ends a run where a checkpoint needs it; lines wait in the file's buffer until there is room."""
+        try:
+            write()
+        except OSError as e:
+            if not self.full:
+                print(f"warning: {self.directory}: {e}; metrics may be missing", file=sys.stderr, flush=True)
+            self.full = True
 
     def _line(self, m: dict[str, Any]) -> str:
         done = m["step"] - self.first

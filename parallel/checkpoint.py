@@ -1,72 +1,59 @@
-"""Checkpoints: the engine writes its pieces (parallel/pieces.py), this file decides when they count.
+"""Published checkpoints (parallel/saver.py makes them): which one a run continues from, and what is read of it.
 
-A checkpoint is written into a fresh temporary folder, every file is synced and hashed, MANIFEST.json lists them with
-the run's own state, and one rename publishes it. A published step is never written again. Loading verifies every hash
-before anything is read and falls back, loudly, to the one before.
+Every hash is verified before anything is read. From a damaged one the run goes back, loudly, to the one before; it
+stays beside the others, under a name that is no checkpoint's, so that its step can be saved again.
 """
 
 import hashlib
 import json
-import os
-import shutil
 import sys
-from collections.abc import Callable
+from itertools import count
 from pathlib import Path
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional
 
 from configs.errors import CheckpointError
 from configs.schema import Resume
-from parallel.comm import host_gather, together
+from parallel.comm import agree, host_gather, together
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 
-VERSION = 2
+VERSION = 3
 PIECES = "pieces"
-T = TypeVar("T")
 
 
-def save(run: Path, step: int, engine: Engine, mesh: Mesh, state: dict[str, Any], keep: int) -> Path:
-    """Publish `run/checkpoints/step-NNNNNNNN` with `state` (JSON: identity, layout, counters, data position).
-
-    Collective. Keeps the newest `keep`. Raises CheckpointError, on every rank and with nothing published, when a rank
-    could not write.
-    """
-    root = run / "checkpoints"
-    final, temporary = root / f"step-{step:08d}", root / f"step-{step:08d}.tmp"
-    if _agree(mesh, final.exists):
-        return final
-    _write(mesh, final, lambda: _fresh(temporary) if mesh.rank == 0 else None)
-    _write(mesh, final, lambda: engine.save(temporary / PIECES))
-    parts = host_gather(_write(mesh, final, lambda: _hash_share(temporary, mesh)), mesh)
-    files = {name: entry for part in parts for name, entry in part.items()}
-    manifest = {"version": VERSION, "step": step, "files": files, "state": state}
-    _write(mesh, final, lambda: _publish(temporary, final, manifest, keep) if mesh.rank == 0 else None)
-    return final
-
-
-def find(run: Path, mesh: Mesh, resume: Resume, state: dict[str, Any]) -> Optional[tuple[str, dict[str, Any]]]:
+def find(
+    run: Path, mesh: Mesh, resume: Resume, state: dict[str, Any], before: Optional[int] = None
+) -> Optional[tuple[str, dict[str, Any]]]:
     """The newest checkpoint of `run` whose every file is whole, with its state; None for a new run. Collective.
+
+    Those of the step `before` and later ones, if it is given, are of a way that the run leaves: they are set aside.
 
     Raises CheckpointError when `resume` forbids what is there, or when the checkpoint's model is not the one that
     `state` says this run has. Its layout may be another one.
     """
     if resume is Resume.never:
-        if _agree(mesh, lambda: run.exists() and any(run.iterdir())):
+        if agree(mesh, lambda: run.exists() and any(run.iterdir())):
             raise CheckpointError("run.dir", run, "exists and resume=never", "choose another run.dir or resume=auto")
         return None
-    for path in _agree(mesh, lambda: published(run)):
+    paths, damaged = agree(mesh, lambda: published(run)), []
+    later = [p for p in paths if before is not None and int(Path(p).name.removeprefix("step-")) >= before]
+    for path in paths[len(later) :]:
+        _check_version(path, agree(mesh, lambda path=path: _version(path)))
         problems = [p for p in host_gather(_damage(path, mesh.rank, mesh.world), mesh) if p]
         if problems:
             _say(mesh, f"warning: checkpoint {path}: {problems[0]}; going back to the one before")
+            damaged.append(path)
             continue
-        found = _agree(mesh, lambda path=path: json.loads(Path(path, "MANIFEST.json").read_text())["state"])
+        found = agree(mesh, lambda path=path: json.loads(Path(path, "MANIFEST.json").read_text())["state"])
         _check_same(path, found, state)
+        for why, which in (("damaged", damaged), ("abandoned", later)):
+            together(lambda why=why, which=which: _set_aside(which if mesh.rank == 0 else [], why), mesh)
         return path, found
     if resume is Resume.must:
         raise CheckpointError(
             "run.dir", run, "has no whole checkpoint and resume=must", "give resume=auto to start anew"
         )
-    if _agree(mesh, lambda: bool(published(run))):
+    if agree(mesh, lambda: bool(published(run))):
         raise CheckpointError("run.dir", run, "every checkpoint is damaged", "restore one, or choose another run.dir")
     return None
 
@@ -79,6 +66,7 @@ def load(path: str, engine: Engine) -> None:
 def newest(run: Path) -> tuple[str, dict[str, Any]]:
     """Path and state of the newest whole checkpoint, by one process alone. Raises CheckpointError if there is none."""
     for path in published(run):
+        _check_version(path, _version(path))
         why = _damage(path)
         if why is None:
             return path, json.loads(Path(path, "MANIFEST.json").read_text())["state"]
@@ -115,43 +103,37 @@ def group(identity: dict[str, Any], name: str) -> dict[str, Any]:
 
 def published(run: Path) -> list[str]:
     """Paths of the published checkpoints, newest first."""
-    paths = (run / "checkpoints").glob("step-*")
-    return sorted((str(p) for p in paths if p.suffix != ".tmp"), reverse=True)
+    names = (p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdecimal())
+    return sorted(map(str, names), reverse=True)
 
 
-def _fresh(temporary: Path) -> None:
-    """An empty folder; what an interrupted save left behind goes."""
-    for stale in temporary.parent.glob("*.tmp"):
-        shutil.rmtree(stale)
-    temporary.mkdir(parents=True)
+def _set_aside(paths: list[str], why: str) -> None:
+    """Make room for these steps to be saved again; the files stay, for a look or for a disk that comes back."""
+    for path in map(Path, paths):
+        aside = next(p for n in count(1) if not (p := path.with_name(f"{why}-{n}-{path.name}")).exists())
+        try:
+            path.rename(aside)
+        except OSError as e:
+            raise CheckpointError("checkpoint", path, f"cannot be renamed ({e})", f"name it {aside.name}") from e
 
 
-def _publish(temporary: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
-    with open(temporary / "MANIFEST.json", "w") as f:
-        json.dump(manifest, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    _sync_folder(temporary)
-    os.rename(temporary, final)
-    _sync_folder(final.parent)
-    for old in published(final.parent.parent)[keep:]:
-        shutil.rmtree(old)
+def _version(path: str) -> Optional[int]:
+    """Format of a checkpoint; None if its manifest cannot tell."""
+    try:
+        return int(json.loads(Path(path, "MANIFEST.json").read_text())["version"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+def _check_version(path: str, version: Optional[int]) -> None:
+    if version not in (None, VERSION):
+        why = f"has format {version}, this version reads {VERSION}"
+        raise CheckpointError("checkpoint", path, why, "continue with the version that made it, or choose another run")
 
 
-def _hash_share(folder: Path, mesh: Mesh) -> dict[str, dict[str, Any]]:
-    """Sync and hash every world-th file, so that the ranks divide the work."""
-    out = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file())[mesh.rank :: mesh.world]:
-        with open(path, "rb") as f:
-            os.fsync(f.fileno())
-            out[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _digest(f)}
-    return out
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """With the hash of what it says: one flipped bit in a number would still be a number."""
+    return {**manifest, "sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
 
 
 def sha256(path: Path) -> str:
@@ -172,8 +154,11 @@ def _damage(path: str, rank: int = 0, world: int = 1) -> Optional[str]:
     folder = Path(path)
     try:
         manifest = json.loads((folder / "MANIFEST.json").read_text())
-        if manifest["version"] != VERSION:
-            return f"has format {manifest['version']}, this version reads {VERSION}"
+        if sealed({k: v for k, v in manifest.items() if k != "sha256"}) != manifest:
+            return "MANIFEST.json does not match its hash"
+        there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+        if extra := there - {*manifest["files"], "MANIFEST.json"}:
+            return f"{min(extra)} is not in the manifest"
         share = sorted(manifest["files"].items())[rank::world]
         for name, entry in share:
             if (folder / name).stat().st_size != entry["bytes"]:
@@ -186,29 +171,13 @@ def _damage(path: str, rank: int = 0, world: int = 1) -> Optional[str]:
 
 
 def _check_same(path: str, found: dict[str, Any], state: dict[str, Any]) -> None:
-    for key in sorted({**found["identity"], **state["identity"]}):
-        there, here = found["identity"].get(key), state["identity"].get(key)
-        if there != here:
-            why = f"was made by another model: {key}={there}, this run has {here}"
-            raise CheckpointError("checkpoint", path, why, f"give {key}={there}, or choose another")
-
-
-def _agree(mesh: Mesh, ask: Callable[[], T]) -> T:
-    """What rank 0 sees, on every rank: folders of a network file system may look different for a moment."""
-    return host_gather(ask() if mesh.rank == 0 else None, mesh)[0]
-
-
-def _write(mesh: Mesh, path: Path, work: Callable[[], T]) -> T:
-    """Do the work on every rank; whatever goes wrong on one of them is everybody's CheckpointError."""
-
-    def guarded() -> T:
-        try:
-            return work()
-        except Exception as e:
-            why = f"rank {mesh.rank}: {type(e).__name__} {e}"
-            raise CheckpointError("checkpoint", path, why, "free the disk or fix its permissions, and go on") from e
-
-    return together(guarded, mesh)
+    theirs, ours = found["identity"], state["identity"]
+    differ = [k for k in sorted({**theirs, **ours}) if theirs.get(k) != ours.get(k)]
+    if differ:
+        some = [f"{k}={theirs.get(k)}, this run has {ours.get(k)}" for k in differ[:3]]
+        why = f"was made by another model: {' and '.join(some)}" + (" and more" if len(differ) > 3 else "")
+        fix = f"give {' '.join(f'{k}={theirs.get(k)}' for k in differ)}, or choose another"
+        raise CheckpointError("checkpoint", path, why, fix)
 
 
 def _say(mesh: Mesh, line: str) -> None:

@@ -128,6 +128,11 @@ def host_gather(value: T, mesh: Mesh) -> list[T]:
     return out
 
 
+def agree(mesh: Mesh, ask: Callable[[], T]) -> T:
+    """What rank 0 sees, on every rank: folders of a network file system may look different for a moment. Collective."""
+    return host_gather(ask() if mesh.rank == 0 else None, mesh)[0]
+
+
 def together(work: Callable[[], T], mesh: Mesh) -> T:
     """Do the work on every rank and wait for all; the first RunError of a rank is raised on all. Collective."""
     result, error = None, None

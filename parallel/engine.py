@@ -18,6 +18,7 @@ from nsa.documents import Documents, send
 from parallel import init, pieces
 from parallel.compiler import compiler
 from parallel.guard import Guard
+from parallel.host import HostMemory
 from parallel.loss import CrossEntropy
 from parallel.mesh import Mesh
 from parallel.norms import parameter_norms
@@ -106,18 +107,27 @@ class Engine:
         run = self._eval_pipeline if self.mesh.pp.size > 1 else self._eval_plain
         return run(micro, scale)
 
-    def save(self, directory: Path) -> None:
-        """Write this rank's pieces of weights and optimizer state into `directory`."""
-        updates = int(self._state(self._masters()[0])["step"])
-        pieces.write(directory, self._pieces(), self.mesh, updates)
+    def host_memory(self, lock: bool = True) -> HostMemory:
+        """Room for snapshots of this engine."""
+        return HostMemory(self._masters(), lock)
+
+    def snapshot(self, memory: Optional[HostMemory] = None) -> pieces.Snapshot:
+        """Copy what this rank holds of weights and optimizer state to the host, into `memory` or what is new.
+
+        Of parameters that tensor parallelism replicates only the first rank has it.
+        """
+        flat = (memory or self.host_memory(lock=False)).copy(self._flat())
+        held = pieces.held(self.deepspeed.module, self.mesh, flat)
+        mine = [p for p in held if p.place.dim is not None or self.mesh.tp.rank == 0]
+        return pieces.Snapshot(mine, updates=int(self._state(self._masters()[0])["step"]))
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote on any layout, or the weights of an exported model. Raises KeyError, ValueError."""
+        """Read what any layout's snapshots were, or the weights of an exported model. Raises KeyError, ValueError."""
         optimizer, reader = self.deepspeed.optimizer, pieces.Reader(directory)
         for master in self._masters():
             self._state(master)["step"].fill_(reader.updates or 0)
         with torch.no_grad():
-            for piece in self._pieces():
+            for piece in pieces.held(self.deepspeed.module, self.mesh, self._flat()):
                 reader.fill(piece)
         if self.zero < 3:
             optimizer.update_lp_params()
@@ -128,9 +138,9 @@ class Engine:
         if optimizer.persistent_parameters:  # small ones, which ZeRO 3 keeps whole
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
-    def _pieces(self) -> list[pieces.Piece]:
-        flat = [{**self._state(master), "weight": master} for master in self._masters()]
-        return pieces.held(self.deepspeed.module, self.mesh, flat)
+    def _flat(self) -> list[dict[str, Tensor]]:
+        """The optimizer's flat tensors, by group and kind."""
+        return [{**self._state(master), "weight": master} for master in self._masters()]
 
     def _masters(self) -> list[Tensor]:
         """The flat fp32 weights that AdamW updates on this rank, wherever this optimizer of DeepSpeed has them."""

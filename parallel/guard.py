@@ -44,6 +44,11 @@ class Guard:
         """Whether too many updates were left out for the run to go on."""
         return self.in_a_row >= self.options.in_a_row or self.skipped > self.budget
 
+    def goes_back(self, times: int) -> bool:
+        """Whether a run that is `spent`, and went back `times` before, does so again instead of ending."""
+        allowed = self.options.on_spike is OnSpike.rollback and times < self.options.rollbacks
+        return allowed and self.skipped <= self.budget
+
     @property
     def last_chance(self) -> bool:
         """Whether one more update left out would end the run."""
@@ -56,6 +61,7 @@ class Guard:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the guard that gave `state`; of a longer window the newest losses count."""
+        self.losses.clear()
         self.losses.extend(state["losses"])
         self.skipped, self.in_a_row, self.spikes = state["skipped"], state["in_a_row"], state["spikes"]
 
@@ -65,7 +71,7 @@ class Guard:
         if not self._is_spike(loss):
             return None
         self.spikes += 1
-        return "loss spike" if self.options.on_spike is OnSpike.skip else None
+        return None if self.options.on_spike is OnSpike.keep else "loss spike"
 
     def _is_spike(self, loss: float) -> bool:
         """Above the median by so many deviations, both of a full window: robust against earlier spikes in it."""

@@ -72,14 +72,27 @@ def _zero3(p: Any, mesh: Mesh) -> tuple[tuple[int, ...], int, int, int, int]:
     return tuple(p.ds_shape), start, group, first, max(0, min(size, p.ds_numel - start))
 
 
-def write(folder: Path, pieces: list[Piece], mesh: Mesh, updates: int) -> None:
-    """Write this rank's file; of replicated parameters only the first rank does. `updates` is AdamW's counter."""
-    mine = [piece for piece in pieces if piece.place.dim is not None or mesh.tp.rank == 0]
-    tensors = {f"{k}/{p.place.name}": v.detach().cpu().clone() for p in mine for k, v in p.views.items()}
+@dataclass(frozen=True)
+class Snapshot:
+    """What this rank writes of one step, in host memory that training does not touch."""
+
+    pieces: list[Piece]
+    updates: int  # AdamW's counter
+
+    @property
+    def bytes(self) -> int:
+        return sum(view.nbytes for piece in self.pieces for view in piece.views.values())
+
+
+def write(folder: Path, snapshot: Snapshot, rank: int) -> Path:
+    """Write this rank's file and return its path."""
+    tensors = {f"{k}/{p.place.name}": v for p in snapshot.pieces for k, v in p.views.items()}
     # One entry: several would come in another order each time, and equal states would not be equal files.
-    header = {"pieces": json.dumps({"updates": updates, "places": [vars(p.place) for p in mine]})}
+    header = {"pieces": json.dumps({"updates": snapshot.updates, "places": [vars(p.place) for p in snapshot.pieces]})}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"rank-{mesh.rank:05d}.safetensors", header)
+    path = folder / f"rank-{rank:05d}.safetensors"
+    save_file(tensors, path, header)
+    return path
 
 
 class Reader:

@@ -54,6 +54,15 @@ def test_the_yardstick_takes_overrides_of_its_groups(monkeypatch):
     assert (nsa.attention.kind, nsa.model.kv_heads, nsa.data.random, nsa.data.path) == (Kind.nsa, 2, None, "tokens")
 
 
+@pytest.mark.parametrize("key", ["_target_", "model._target_", "optim._target_", "wandb._target_", "data._target_"])
+def test_nothing_that_a_configuration_names_is_called(monkeypatch, key, tmp_path):
+    """Nor is it taken for an option."""
+    for target, argument in (("os.system", f"touch {tmp_path}/x"), ("builtins.open", f"{tmp_path}/x")):
+        with pytest.raises(ConfigError, match="_target_"):
+            composed(monkeypatch, *NEEDED, f"+{key}={target}", f"+{key.replace('target', 'args')}=['{argument}', w]")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_papers_shape(monkeypatch):
     m = from_text(composed(monkeypatch, *NEEDED, "model=paper")).model
     assert (m.heads, m.kv_heads, m.qk_dim, m.v_dim) == (64, 4, 192, 128)
@@ -77,6 +86,7 @@ MISTAKES = [  # overrides, what the one line must say
     (["attention.kind=dense"], ["attention.kind", "dense", "full", "nsa"]),
     (["attention.branches=[cmp,foo]"], ["attention.branches", "foo"]),
     (["train.steps"], ["train.steps"]),
+    (["data.skip=x"], ["data.skip"]),
     (["data.path=a=b"], ["="]),
     (["--steps", "3"], ["--steps"]),
     (["--multirun", "seed=0,1"], ["--multirun"]),

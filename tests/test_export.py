@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +10,9 @@ from omegaconf import OmegaConf
 from configs.schema import Config
 from data import tokenizer
 from launch import export
-from parallel import checkpoint
 from parallel.engine import MicroBatch
 from tests import ranks, test_train, tiny
-from tests.test_checkpoint import VOCAB, build, steps
+from tests.test_checkpoint import VOCAB, build, saver, steps
 from train import describe
 
 
@@ -50,7 +48,9 @@ def logits_of_run(cfg: Config) -> tuple[MicroBatch, torch.Tensor]:
     with torch.no_grad():
         local = engine.deepspeed(batch.tokens, batch.documents)
     state = {**describe(cfg, place, VOCAB), "step": 2, "tokens": 0}
-    checkpoint.save(Path(cfg.run.dir), 2, engine, place, state, 1)
+    keeper, _ = saver(cfg, place, engine)
+    keeper.save(2, state)
+    keeper.wait(last=True)
     whole = [torch.empty_like(local) for _ in range(place.tp.size)]
     if place.tp.size > 1:
         torch.distributed.all_gather(whole, local.contiguous(), group=place.tp.handle)

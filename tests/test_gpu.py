@@ -1,12 +1,21 @@
 """What has to hold on a GPU: the definition computes there what it computes on a CPU, and layouts train alike."""
 
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
-from configs.schema import Precision, Recompute
+from configs.schema import Config, Precision, Recompute
+from data.loader import Batch
 from nsa.cases import CASES, Case, make_inputs
 from parallel import mesh
-from tests import ranks, test_nsa_reference, tiny
+from parallel.engine import Engine
+from parallel.saver import Saver
+from tests import ranks, test_nsa_reference, test_train, tiny
 from tests.test_parity import STEPS, train
 
 pytestmark = pytest.mark.gpu
@@ -68,6 +77,71 @@ def test_bf16_stays_near_fp32(one_gpu, layout):
     for out in ranks.run(2 if layout else 1, train, cfg, timeout=300):
         assert [loss for loss, _ in out] == pytest.approx([loss for loss, _ in exact], rel=5e-3)
         assert [norm for _, norm in out[:STEPS]] == pytest.approx([norm for _, norm in exact[:STEPS]], rel=0.05)
+
+
+def saves_of_a_billion(cfg: Config) -> tuple[list[dict], list[dict]]:
+    """Three saves each way of 1.15 B parameters, with training behind where it can be; what each took, its files."""
+    place = mesh.build(1, 1)
+    engine = Engine(cfg, 50304, place)
+    tokens = torch.zeros(1, cfg.data.seq_len, dtype=torch.int32)
+    batch = Batch(tokens, tokens, torch.tensor([0, tokens.numel()]))
+    engine.train_step([batch], tokens.numel(), 1e-4)
+    reports, files, step = [], [], 0
+    for asynchronous in (False, True):
+        options = replace(cfg.checkpoint, asynchronous=asynchronous)
+        began = time.perf_counter()
+        saver = Saver(Path(cfg.run.dir), engine, place, options, reports.append)
+        start = time.perf_counter() - began
+        for _ in range(3):
+            step += 1
+            torch.cuda.synchronize()
+            saver.save(step, {"step": step, "tokens": 0})
+            while asynchronous and not saver.finished:
+                engine.train_step([batch], tokens.numel(), 0.0)
+            saver.wait(last=True)
+            manifest = Path(cfg.run.dir, "checkpoints", f"step-{step:08d}", "MANIFEST.json")
+            files.append(json.loads(manifest.read_text())["files"])
+            reports[-1]["start_s"] = start
+        del saver
+    return reports, files
+
+
+def test_training_stands_still_for_a_second_at_most_while_a_billion_parameters_are_saved(tmp_path):
+    """The first save after the start has no longer either: memory is locked before."""
+    sizes = {"layers": 16, "dim": 2048, "heads": 32, "kv_heads": 2, "qk_dim": 64, "v_dim": 64, "mlp_dim": 8192}
+    cfg = tiny.config("full", **{f"model__{k}": v for k, v in sizes.items()}, run__dir=str(tmp_path))
+    cfg = tiny.change(cfg, train__precision=Precision.bf16, train__global_batch=1, data__seq_len=1024)
+    cfg = tiny.change(cfg, checkpoint__every=1, checkpoint__keep=1)
+    ((reports, files),) = ranks.run(1, saves_of_a_billion, cfg, timeout=540)
+    for r, how in zip(reports, ["synchronous"] * 3 + ["asynchronous"] * 3):
+        took = f"stall {r['save_stall_s']:.2f} s, published in {r['save_background_s']:.1f} s"
+        print(f"{how}, save {r['step']}: {r['save_gib']:.2f} GiB, {took}, {r['start_s']:.1f} s before the first step")
+    assert files[0] == files[2] == files[3], "the copy is what was on the device"
+    assert all(r["save_stall_s"] <= 1 for r in reports[3:])
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full"])
+@pytest.mark.parametrize("layout", [[], ["parallel.zero=2"], ["parallel.tp=2"], ["parallel.pp=2"]], ids=str)
+def test_a_continued_run_is_the_unbroken_one_bit_for_bit(corpus, tmp_path, attention, layout):
+    """With deterministic=true, in bf16, by the kernels; sizes that they have."""
+    processes = 2 if layout else 1
+    if torch.cuda.device_count() < processes:
+        pytest.skip("needs a GPU for each process")
+    options = "model.dim=128 model.heads=8 model.kv_heads=2 model.qk_dim=32 model.v_dim=32 attention.l=16 attention.d=8"
+    options += " train.precision=bf16 data.seq_len=512 train.steps=6 checkpoint.every=3 deterministic=true"
+    options = [f"attention={attention}", *options.split(), *layout]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    test_train.train(corpus, whole, *options, processes=processes)
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoints" / "step-00000006")
+    (broken / "metrics.jsonl").unlink()
+    test_train.train(corpus, broken, *options, processes=processes)
+    expected = test_train.lines(whole)
+    for step, m in test_train.lines(broken).items():
+        assert step > 3
+        assert [m[k] for k in ("loss", "grad_norm", "lr")] == [expected[step][k] for k in ("loss", "grad_norm", "lr")]
+    ends = [json.loads((r / "checkpoints/step-00000006/MANIFEST.json").read_text())["files"] for r in (whole, broken)]
+    assert ends[0] == ends[1]
 
 
 def where() -> str:

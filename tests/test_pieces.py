@@ -28,7 +28,7 @@ def save(cfg: Config, folder: Path) -> tuple[dict, list[tuple[float, float]]]:
     place, loader, engine = build(cfg)
     steps(2, place, loader, engine)
     state = loader.state_dict()
-    engine.save(folder)
+    pieces.write(folder, engine.snapshot(), place.rank)
     return state, steps(1, place, loader, engine, 2)
 
 
@@ -36,7 +36,7 @@ def go_on(cfg: Config, folder: Path, state: dict, again: Path) -> list[tuple[flo
     """The step that follows in another layout, which first saves what it read."""
     place, loader, engine = build(cfg)
     engine.load(folder)
-    engine.save(again)
+    pieces.write(again, engine.snapshot(), place.rank)
     loader.load_state_dict(state)
     return steps(1, place, loader, engine, 2)
 
@@ -85,7 +85,7 @@ def test_bf16_continues_from_its_fp32_masters(corpus, tmp_path, source, target):
 def save_untrained(cfg: Config, folder: Path) -> bool:
     """Whether an engine that has made no update yet goes on from its own file as from nothing."""
     place, loader, engine = build(cfg)
-    engine.save(folder)
+    pieces.write(folder, engine.snapshot(), place.rank)
     expected = steps(2, place, loader, engine)
     place, loader, engine = build(cfg)
     engine.load(folder)

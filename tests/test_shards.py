@@ -143,6 +143,41 @@ def test_hostile_members_are_neither_written_nor_run(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.tar", "data"]
 
 
+def pack(path: Path, *members: tuple[str, bytes]) -> ShardEntry:
+    """A tar of these, and an entry with its true hash, two samples of 3 tokens and 1 document each."""
+    with tarfile.open(path, "w") as tar:
+        for name, body in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            tar.addfile(member, io.BytesIO(body))
+    return ShardEntry(path.name, path.stat().st_size, sha256(path), 2, 2, 6)
+
+
+TOK, DOC = np.array([1, 2, 3], "<u2").tobytes(), np.array([0], "<u4").tobytes()
+
+
+def test_samples_whose_members_are_apart_are_whole(tmp_path):
+    members = [("0.tok.bin", TOK), ("1.tok.bin", TOK[::-1]), ("0.doc.bin", DOC), ("1.doc.bin", DOC)]
+    shard = Shard(tmp_path, pack(tmp_path / "a.tar", *members), "uint16")
+    assert shard.read(0, 6).tolist() == [1, 2, 3, 768, 512, 256]
+    assert shard.starts.tolist() == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        ([("0.tok.bin", TOK), ("0.doc.bin", DOC), ("0.tok.bin", TOK), ("0.doc.bin", DOC)], "has 2 members twice"),
+        ([("0.tok.bin", TOK), ("0.doc.bin", DOC), ("1.tok.bin", b""), ("1.doc.bin", DOC)], "the manifest says"),
+        ([("0.tok.bin", TOK), ("0.doc.bin", DOC), ("1.tok.bin", TOK), ("1.doc.bin", b"")], "the manifest says"),
+        ([("0.tok.bin", TOK), ("0.doc.bin", DOC), ("1.tok.bin", TOK)], "lacks its tok.bin or doc.bin"),
+    ],
+    ids=["twice", "no tokens", "no documents", "half a sample"],
+)
+def test_members_that_are_double_empty_or_missing(tmp_path, members, says):
+    with pytest.raises(DataError, match=f"a.tar: .*{says}"):
+        Shard(tmp_path, pack(tmp_path / "a.tar", *members), "uint16")
+
+
 def test_counts_that_differ_from_the_manifest(data):
     content = json.loads((data / "manifest.json").read_text())
     content["splits"]["train"][0]["documents"] += 1

@@ -11,6 +11,7 @@ from data.loader import Loader
 from data.shards import read_manifest
 from launch.stop import Stop
 from parallel import mesh
+from parallel.saver import Saver
 from tests import ranks, tiny
 from tests.test_train import errors, lines, train
 from train import Run, next_batches, open_loader
@@ -137,7 +138,8 @@ def _batches_of_one_rank(corpus: str, damaged: str, tp: int) -> list:
     cfg.parallel.tp = tp
     cfg.data.on_bad_shard = OnBadShard.skip
     loader = open_loader(cfg, place, "train", {damaged if place.rank == 1 else corpus: 1.0})
-    run = Run(cfg, place, Stop(), loader.vocab_size, loader, None, None, None, None)
+    saver = Saver(Path(damaged).parent / "run", None, place, cfg.checkpoint, print)
+    run = Run(cfg, place, Stop(), loader.vocab_size, loader, None, None, None, None, saver)
     out = []
     for _ in range(6):
         made, totals = next_batches(run, loader)

@@ -222,6 +222,8 @@ def test_a_shard_cut_short_ends_the_run_with_its_name(corpus, tmp_path):
     (line,) = errors(done)
     assert "bytes instead of" in line
     assert str(data) in line
+    assert "step " not in done.stdout, "it is known before the first step"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(corpus, tmp_path):

@@ -1,5 +1,5 @@
-"""F01, F03: killed without warning, in a step or anywhere in a save, a run goes on from its last published step and
-ends as the one that nobody killed, bit for bit."""
+"""F01, F03, F05: killed without warning, in a step or anywhere in a save, which goes on behind training, a run goes on
+from its last published step and ends as the one that nobody killed, bit for bit."""
 
 import json
 import os
@@ -12,21 +12,24 @@ import pytest
 
 from tests.test_train import ROOT, SMALL, lines, train
 
-# Runs train.py, and kills itself in the second save: when this function is called, before it does anything.
-KILLS_ITSELF = """
-import os, runpy, signal, sys
-site, root = sys.argv[1:3]
-sys.argv[1:3] = []
+# Runs train.py, and sends itself signals in the second save: when this function is called, before it does anything.
+HURTS_ITSELF = """
+import os, runpy, signal, sys, time
+site, signals, root = sys.argv[1:4]
+sys.argv[1:4] = []
 sys.path.insert(0, root)
-import parallel.checkpoint, parallel.pieces
-owner, name = {"pieces": (parallel.pieces, "save_file"), "hash": (parallel.checkpoint, "_hash_share"),
-               "manifest": (parallel.checkpoint, "_publish"), "rename": (os, "rename")}[site]
+import parallel.pieces, parallel.saver
+owner, name = {"pieces": (parallel.pieces, "save_file"), "hash": (parallel.saver, "sha256"),
+               "manifest": (parallel.saver, "_publish"), "rename": (os, "rename")}[site]
 works = getattr(owner, name)
-def dies(*args, **kwargs):
-    if any(p.name == "step-00000002" for p in __import__("pathlib").Path("run/checkpoints").glob("*")):
-        os.kill(os.getpid(), signal.SIGKILL)
+def hurts(*args, **kwargs):
+    there = [p for p in ("run/checkpoints/step-00000002", "run/checkpoints/step-00000004") if os.path.exists(p)]
+    if there == ["run/checkpoints/step-00000002"]:
+        for number in signals.split():
+            os.kill(os.getpid(), int(number))
+            time.sleep(1)
     return works(*args, **kwargs)
-setattr(owner, name, dies)
+setattr(owner, name, hurts)
 runpy.run_path(root + "/train.py", run_name="__main__")
 """
 SAVES = ["train.steps=6", "checkpoint.every=2"]
@@ -44,23 +47,66 @@ def same(run: Path, other: Path) -> None:
     for step, m in lines(other).items():
         for key in ("loss", "grad_norm", "lr", "tokens"):
             assert lines(run)[step][key] == m[key], (step, key)
+    same_files(run, other)
+    assert not list((run / "checkpoints").glob("*.tmp"))
+
+
+def hurt(corpus: str, folder: Path, site: str, *signals: int) -> tuple[int, set[str]]:
+    """A run that these signals reach in its save of step 4; returns its code and what it leaves of checkpoints."""
+    options = [*SMALL, f"data.path={corpus}", "run.dir=run", *SAVES]
+    start = [sys.executable, "-c", HURTS_ITSELF, site, " ".join(str(int(s)) for s in signals), str(ROOT), *options]
+    done = subprocess.run(start, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, {p.name for p in (folder / "run" / "checkpoints").iterdir()}
+
+
+def same_files(run: Path, other: Path) -> None:
     hashes = [json.loads((r / "checkpoints/step-00000006/MANIFEST.json").read_text())["files"] for r in (run, other)]
     assert hashes[0] == hashes[1]
-    assert not list((run / "checkpoints").glob("*.tmp"))
 
 
 @pytest.mark.parametrize("site", ["pieces", "hash", "manifest", "rename"])
 def test_killed_in_a_save(corpus, tmp_path, unbroken, site):
-    options = [*SMALL, f"data.path={corpus}", "run.dir=run", *SAVES]
-    start = [sys.executable, "-c", KILLS_ITSELF, site, str(ROOT), *options]
-    done = subprocess.run(start, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    left = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    code, left = hurt(corpus, tmp_path, site, signal.SIGKILL)
+    assert code == -signal.SIGKILL
     assert left == {"step-00000002", "step-00000004.tmp"}
     again = train(corpus, tmp_path / "run", *SAVES)
     assert "continues" in again.stdout
     assert "step-00000002" in again.stdout
     same(tmp_path / "run", unbroken)
+
+
+def test_asked_to_stop_in_a_save_it_ends_that_and_saves_the_step_it_has_come_to(corpus, tmp_path, unbroken):
+    code, left = hurt(corpus, tmp_path, "pieces", signal.SIGTERM)
+    assert code == 75
+    stopped = max(lines(tmp_path / "run"))
+    assert left == {"step-00000004", f"step-{stopped:08d}"}
+    train(corpus, tmp_path / "run", *SAVES)
+    same(tmp_path / "run", unbroken)
+
+
+@pytest.mark.slow
+def test_asked_twice_by_the_user_it_waits_for_nothing(corpus, tmp_path, unbroken):
+    code, left = hurt(corpus, tmp_path, "pieces", signal.SIGINT, signal.SIGINT)
+    assert code != 0
+    assert left == {"step-00000002", "step-00000004.tmp"}
+    train(corpus, tmp_path / "run", *SAVES)
+    same(tmp_path / "run", unbroken)
+
+
+def test_what_is_only_looked_at_changes_nothing(corpus, tmp_path, unbroken):
+    """F29: how often is logged, evaluated, measured and saved, reading ahead, the dashboard, waiting for saves."""
+    run = tmp_path / "run"
+    train(
+        corpus,
+        run,
+        *"train.steps=6 train.log_every=2 train.eval_every=3 train.eval_batches=1 train.health_every=2".split(),
+        *"checkpoint.every=3 checkpoint.asynchronous=false data.read_ahead=4 data.verify=true".split(),
+        *"wandb.mode=offline profile.steps=[2,3] deterministic=true".split(),
+    )
+    assert list(lines(run)) == [2, 4, 6]
+    for step, m in lines(run).items():
+        assert [m[k] for k in ("loss", "grad_norm")] == [lines(unbroken)[step][k] for k in ("loss", "grad_norm")]
+    same_files(run, unbroken)
 
 
 def children(pid: int) -> list[int]:
