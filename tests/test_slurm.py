@@ -123,6 +123,31 @@ def test_a_mistake_is_one_line_and_the_runs_exit_code(cluster, place, corpus):
     assert "ExitCode=64:0" in cluster("scontrol", "--oneliner", "show", "job", job)
 
 
+def test_a_sweep_is_a_job_array_that_ends_with_its_comparison(cluster, place, corpus):
+    folder = place / "my sweep"
+    overrides = [o for o in options(corpus, folder.name) if not o.startswith("attention.n=")]
+    small = ["--oversubscribe", "--nodes=1", "--gpus-per-node=1", "--cpus-per-task=1"]
+    program = [sys.executable, "-m", "launch.submit", *small, "-m", "attention.n=4,5", "seed=0,1", *overrides]
+    runs = [folder / f"attention.n-{n}_seed-{seed}" for n in (4, 5) for seed in (0, 1)]
+    said = cluster(*program, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    array, comparison = (line.split(":")[0].split()[-1] for line in said.splitlines())
+
+    cluster.until_it_says(folder / "array/1.out", "step      2/")
+    cluster("scontrol", "requeue", f"{array}_1")
+    cluster("scancel", f"{array}_3")
+    cluster.until(f"{array}_0", "COMPLETED")
+    cluster.until(f"{array}_2", "COMPLETED")
+    assert cluster.state(f"{array}_1") == "PENDING"
+    assert cluster.state(comparison) == "PENDING", "it waits for the run that is queued again"
+    cluster.starts_again(f"{array}_1")
+    cluster.until(f"{array}_1", "COMPLETED")
+    cluster.until(comparison, "COMPLETED")
+    assert [max(lines(run)) for run in runs[:3]] == [STEPS] * 3
+    compared = (folder / "array/compare.out").read_text()
+    assert f"left out: {runs[3]}: " in compared
+    assert all(run.name in (folder / "compare.html").read_text() for run in runs[:3])
+
+
 PROGRAM = """
 import json, os, pathlib, sys
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_NODEID")
