@@ -123,6 +123,15 @@ def test_a_mistake_is_one_line_and_the_runs_exit_code(cluster, place, corpus):
     assert "ExitCode=64:0" in cluster("scontrol", "--oneliner", "show", "job", job)
 
 
+@pytest.mark.parametrize("sbatch", [[], [TASKS]], ids=MODES)
+def test_the_doctor_looks_at_each_node(cluster, place, sbatch):
+    doctor = {"SPARSETRON_TRAIN": str(ROOT / "launch/doctor.py"), "SPARSETRON_PROCESSES": "2"}
+    job, out = submit(cluster, place, *TWO_NODES, *sbatch, **doctor)
+    assert cluster.until(job, "COMPLETED", "FAILED") == "COMPLETED", out.read_text()
+    assert "nodes: 2, 4 processes: n0 n1" in out.read_text()
+    assert "gloo x 4: all-reduce between all of them" in out.read_text()
+
+
 def test_a_sweep_is_a_job_array_that_ends_with_its_comparison(cluster, place, corpus):
     folder = place / "my sweep"
     overrides = [o for o in options(corpus, folder.name) if not o.startswith("attention.n=")]
