@@ -5,6 +5,7 @@ Exit codes: 0; 64 for a bad --output; 66 for what is no run.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any, Optional
@@ -12,7 +13,7 @@ from typing import Any, Optional
 from rich.console import Console
 from rich.table import Table
 
-from configs.errors import ConfigError, exit_code
+from configs.errors import CheckpointError, ConfigError, exit_code
 from launch.runs import Measured, find, read
 
 COLUMNS = {  # heading: how to show it
@@ -107,6 +108,23 @@ def warnings(runs: list[Measured]) -> list[str]:
     return out
 
 
+def finished(directories: list[str]) -> list[str]:
+    """The runs that are done; a line on stderr for each that is not. Raises CheckpointError if none is."""
+    done = []
+    for directory in directories:
+        try:
+            end = json.loads(Path(directory, "exit.json").read_text())
+        except OSError:
+            end = {"code": None, "reason": "it has not ended"}
+        if end["code"] == 0:
+            done.append(directory)
+        else:
+            print(f"left out: {directory}: {end['reason']}", file=sys.stderr, flush=True)
+    if not done:
+        raise CheckpointError("run", directories[0], "is not done, nor is another", "look at what the runs have said")
+    return done
+
+
 def compare(directories: list[str], output: Path) -> None:
     """Print the table of the runs at or below `directories`, and write the report. Raises RunError."""
     from launch import report  # matplotlib takes a second
@@ -128,8 +146,9 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.compare", description=__doc__.split(": ", 1)[1])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or one that holds several")
     parser.add_argument("--output", type=Path, default=Path("compare.html"), help="the report (.html)")
+    parser.add_argument("--finished", action="store_true", help="leave out, with a line, RUNs that are not done")
     args = parser.parse_args(argv)
-    return exit_code(lambda: compare(args.runs, args.output))
+    return exit_code(lambda: compare(finished(args.runs) if args.finished else args.runs, args.output))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def compose(world: int, rules: Rules = check) -> Optional[str]:
     Raises ConfigError for whatever is wrong with it.
     """
     if is_multirun():
-        why, fix = "several processes start one run", "give -m to launch/local.sh or to python train.py"
+        why, fix = "several processes start one run", "give -m to launch/local.sh, python train.py or launch.submit"
         raise ConfigError("config", "--multirun", why, fix)
     texts: list[str] = []
     _call_hydra(lambda raw: texts.append(_resolved(raw, world, rules)))

@@ -1,6 +1,7 @@
 """python -m launch.doctor: is this machine fit for a run? One line a check: what was found, what is wrong, what to do.
 
-Exit codes: 0 if nothing is wrong (a warning is not), 1 otherwise.
+Started as a job of several processes, as in `torchrun --nproc-per-node 8 launch/doctor.py`, it looks at each node and
+at what is between them. Exit codes: 0 if nothing is wrong (a warning is not), 1 otherwise.
 """
 
 import argparse
@@ -14,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Optional
 
@@ -66,7 +68,9 @@ def driver() -> Iterator[Finding]:
     hardware = bool(list(Path("/dev").glob("nvidia[0-9]*"))) or shutil.which("nvidia-smi") is not None
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        yield Finding("ok", "driver", f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}")
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        own = f"driver {_driver_version()}, CUDA {torch.version.cuda}, NCCL {nccl}"
+        yield Finding("ok", "driver", f"{len(names)} x {names[0]}, {own}")
         if len(set(names)) > 1:
             yield Finding("warn", "GPUs", f"not alike ({', '.join(sorted(set(names)))})", "the slowest sets the pace")
         if not torch.cuda.is_bf16_supported():
@@ -78,6 +82,14 @@ def driver() -> Iterator[Finding]:
     else:
         why = f"a GPU that torch (CUDA {torch.version.cuda}) cannot use"
         yield Finding("wrong", "driver", why, "look at nvidia-smi; update the driver, or check CUDA_VISIBLE_DEVICES")
+
+
+def _driver_version(path: str = "/proc/driver/nvidia/version") -> str:
+    try:
+        found = re.search(r"Kernel Module\D*([\d.]+)", Path(path).read_text())
+    except OSError:
+        return "unknown"
+    return found.group(1) if found else "unknown"
 
 
 def bandwidth(processes: int, seconds: float = 60.0) -> Iterator[Finding]:
@@ -114,19 +126,24 @@ def _rank(rank: int, world: int, backend: str, folder: str) -> None:
     """Time all-reduces; rank 0 writes GB/s of bus traffic (2 (n - 1) / n times the bytes of a tensor)."""
     init = {"init_method": f"file://{folder}/store", "rank": rank, "world_size": world}
     dist.init_process_group(backend, timeout=timedelta(seconds=60), **init)
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    x, times = torch.ones(2**26 if backend == "nccl" else 2**22, device=device), []
-    for _ in range(6):
-        dist.barrier()
-        start = time.perf_counter()
-        dist.all_reduce(x)
-        x[:1].cpu()  # waits for the device
-        times.append(time.perf_counter() - start)
+    rate = _rate(torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu"), None)
     if rank == 0:
-        rate = 2 * (world - 1) / world * x.nbytes / min(times[1:]) / 1e9
         Path(folder, "part").write_text(str(rate))
         Path(folder, "part").rename(Path(folder, "rate"))
     dist.destroy_process_group()
+
+
+def _rate(device: torch.device, group: Optional[dist.ProcessGroup]) -> float:
+    """GB/s of bus traffic of an all-reduce, 2 (n - 1) / n times the bytes of a tensor: the best of five."""
+    world = dist.get_world_size(group)
+    x, times = torch.ones(2**26 if device.type == "cuda" else 2**22, device=device), []
+    for _ in range(6):
+        dist.barrier(group)
+        start = time.perf_counter()
+        dist.all_reduce(x, group=group)
+        x[:1].cpu()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return 2 * (world - 1) / world * x.nbytes / min(times[1:]) / 1e9
 
 
 def ports(name: Optional[str] = None) -> Iterator[Finding]:
@@ -205,21 +222,83 @@ def _time_service() -> Optional[bool]:
     return {"yes": True, "no": False}.get(said)
 
 
+def node(run: Path) -> list[Finding]:
+    """What is found on this machine by one process."""
+    pins = (ROOT / "requirements.txt").read_text()
+    return [f for check in (versions(pins), driver(), ports(), disk(run), shared_memory(), clock(run)) for f in check]
+
+
+def job(run: Path) -> Iterator[Finding]:
+    """What is found on the nodes of a job and between them. Collective; rank 0 has the findings, the others none."""
+    here, first = os.environ.get("SLURMD_NODENAME", socket.gethostname()), os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    except RuntimeError as e:  # torch's errors of its stores and groups are RuntimeErrors
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        do = "set GLOO_SOCKET_IFNAME to an interface that all nodes share, and open its ports"
+        yield Finding("wrong", here, f"the processes do not meet at {where} ({str(e).splitlines()[0]})", do)
+        return
+    dist.barrier()
+    now = time.time()
+    told: list = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (here, now, node(run) if first else []))
+    rate = _between()
+    dist.destroy_process_group()
+    if int(os.environ["RANK"]) == 0:
+        yield from _compared(told)
+        yield rate
+
+
+def _between() -> Finding:
+    """All-reduce over the whole job, by what a run would use."""
+    backend, world, group = "gloo", dist.get_world_size(), None
+    do = "NCCL_DEBUG=INFO names the network in use (NET/IB or NET/Socket); see docs/cluster.md"
+    device = torch.device("cpu")
+    try:
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+            backend, group = "nccl", dist.new_group(backend="nccl", timeout=timedelta(seconds=60))
+        rate = _rate(device, group)
+    except RuntimeError as e:
+        return Finding("wrong", f"{backend} x {world}", f"all-reduce failed ({str(e).splitlines()[0]})", do)
+    slow = backend == "nccl" and rate < 5
+    says = f"all-reduce between all of them at {rate:.1f} GB/s a rank"
+    return Finding("warn" if slow else "ok", f"{backend} x {world}", says, do if slow else "")
+
+
+def _compared(told: list[tuple[str, float, list[Finding]]]) -> Iterator[Finding]:
+    """Of each node what is not ok; then whether the nodes are alike. `told`: node, clock and findings of each rank."""
+    nodes = {name: found for name, _, found in told if found}
+    for name, found in nodes.items():
+        yield from (replace(f, what=f"{name} {f.what}") for f in found if f.level != "ok")
+    yield Finding("ok", "nodes", f"{len(nodes)}, {len(told)} processes: {' '.join(nodes)}"[:200])
+    for what in ("python", "versions", "driver"):
+        said = {name: "; ".join(f.says for f in found if f.what == what) for name, found in nodes.items()}
+        others = [f"{name} has {says}" for name, says in said.items() if says != next(iter(said.values()))]
+        if others:
+            why = f"{next(iter(said))} has {next(iter(said.values()))}, {', '.join(others)}"
+            yield Finding("wrong", what, why, "make the nodes alike, or leave these out (--exclude)")
+    clocks = [now for _, now, _ in told]
+    apart = max(clocks) - min(clocks)
+    level, do = ("wrong", "start chrony or ntpd on all nodes") if apart > 5 else ("ok", "")
+    yield Finding(level, "clocks", f"{apart:.2f} s apart at most", do)
+
+
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
     parser = argparse.ArgumentParser(prog="python -m launch.doctor", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--run", type=Path, default=Path("runs"), help="where runs will lie")
     parser.add_argument("--processes", type=int, default=max(2, torch.cuda.device_count()), help="for all-reduce")
     args = parser.parse_args(argv)
-    checks = (
-        versions((ROOT / "requirements.txt").read_text()),
-        driver(), ports(), disk(args.run), shared_memory(), clock(args.run), bandwidth(args.processes),
-    )  # fmt: skip
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        found: Iterable[Finding] = job(args.run)
+    else:
+        found = chain(node(args.run), bandwidth(args.processes))
     wrong = False
-    for check in checks:
-        for finding in check:
-            print(finding, flush=True)
-            wrong |= finding.level == "wrong"
+    for finding in found:
+        print(finding, flush=True)
+        wrong |= finding.level == "wrong"
     return int(wrong)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from configs.errors import CheckpointError
 from launch import compare
 from launch.runs import read
 
@@ -107,3 +108,16 @@ def test_what_is_no_run_is_one_line(tmp_path, capsys, missing):
     assert error.startswith("error: run ")
     assert error.count("\n") == 1
     assert not (tmp_path / "c.html").exists()
+
+
+def test_only_runs_that_are_done_are_compared(tmp_path, capsys):
+    ends = {"done": (0, "done"), "diverged": (76, "no number"), "killed": None}
+    for name, end in ends.items():
+        (tmp_path / name).mkdir()
+        if end:
+            (tmp_path / name / "exit.json").write_text(json.dumps({"code": end[0], "reason": end[1]}))
+    assert compare.finished([str(tmp_path / name) for name in ends]) == [str(tmp_path / "done")]
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"left out: {tmp_path}/diverged: no number", f"left out: {tmp_path}/killed: it has not ended"]
+    with pytest.raises(CheckpointError, match="nor is another"):
+        compare.finished([str(tmp_path / "killed")])

@@ -1,5 +1,8 @@
 """The doctor: each fault that can be made here is found, and said in one line with what to do."""
 
+import os
+import socket
+import subprocess
 import sys
 import time
 from collections import namedtuple
@@ -88,3 +91,54 @@ def test_a_clock(monkeypatch, tmp_path, synced, level):
     assert late.level == "wrong"
     assert "-60 s" in late.says
     assert list(doctor.clock(Path("/no/such/place"))) == []
+
+
+def test_the_nodes_of_a_job_and_what_is_between_them(tmp_path):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    command = [sys.executable, str(doctor.ROOT / "launch/doctor.py"), "--run", str(tmp_path / "runs")]
+    envs = [{**os.environ, **place, "RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"} for rank in range(2)]
+    ranks = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for env in envs]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert said[1] == ""
+    for what in (
+        "n0 driver: ",
+        "n1 driver: ",
+        "nodes: 2, 2 processes: n0 n1",
+        "clocks: 0.",
+        " x 2: all-reduce between all",
+    ):
+        assert what in said[0]
+
+
+def test_nodes_that_are_not_alike():
+    here, there = doctor.Finding("ok", "python", "3.11.7"), doctor.Finding("ok", "python", "3.12.1")
+    full = doctor.Finding("warn", "disk runs", "1 GiB free", "make room")
+    told = [("n0", 100.0, [here]), ("n0", 100.1, []), ("n1", 190.0, [there, full])]
+    assert [str(f) for f in doctor._compared(told)] == [
+        "warn   n1 disk runs: 1 GiB free; make room",
+        "ok     nodes: 2, 3 processes: n0 n1",
+        "wrong  python: n0 has 3.11.7, n1 has 3.12.1; make the nodes alike, or leave these out (--exclude)",
+        "wrong  clocks: 90.00 s apart at most; start chrony or ntpd on all nodes",
+    ]
+
+
+def test_processes_that_cannot_meet_say_where(tmp_path, monkeypatch):
+    place = {"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    real = doctor.timedelta
+    monkeypatch.setattr(doctor, "timedelta", lambda seconds: real(seconds=1))
+    found = only(doctor.job(tmp_path))
+    assert found.level == "wrong"
+    assert "do not meet at no-such-host.invalid:1" in found.says
+
+
+def test_the_version_of_a_driver(tmp_path):
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan\nGCC version: 12\n"
+    )
+    assert doctor._driver_version(str(tmp_path / "version")) == "570.86.15"
+    assert doctor._driver_version("/no/such/file") == "unknown"

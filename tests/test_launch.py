@@ -86,7 +86,13 @@ def test_local_hands_a_request_to_stop_on_and_waits_for_the_run(place, number):
 
 
 STAND_INS = {
-    "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; echo 127.0.0.2; else echo "$@" >>"$CALLS"; fi\n',
+    "scontrol": """case "$*" in
+        "show hostnames"*) echo n0; echo n1 ;;
+        *"show node n0") echo "Arch=x86_64 NodeAddr=127.0.0.1 Port=17003" ;;
+        *) echo "$@" >>"$CALLS" ;;
+    esac
+""",
+    "squeue": 'echo "${STATE:-RUNNING}"\n',
     "srun": 'while [[ "$1" == --* ]]; do shift; done\nexec "$@"\n',  # one node: the command itself
 }
 
@@ -100,8 +106,8 @@ def slurm(place, tmp_path) -> dict[str, str]:
         script.chmod(0o755)
     job = {
         "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_NUM_NODES": "1",
-        "SLURM_SUBMIT_DIR": str(LAUNCH.parent), "SPARSETRON_PROCESSES": "2",
-        "RUN_DIR": str(tmp_path / "runs of mine" / "a run"), "CALLS": str(tmp_path / "calls"),
+        "SLURM_SUBMIT_DIR": str(tmp_path), "SPARSETRON_HOME": str(LAUNCH.parent), "SPARSETRON_PROCESSES": "2",
+        "SLURM_NODEID": "0", "CALLS": str(tmp_path / "calls"),
     }  # fmt: skip
     return {**place, **job}
 
@@ -112,7 +118,7 @@ def sbatch(slurm, *args: str) -> subprocess.Popen:
 
 def test_slurm_passes_options_on_as_they_are(slurm):
     assert sbatch(slurm, "model.name=a b", "attention.n=8").wait(120) == 0
-    expected = ["2", f"run.dir={slurm['RUN_DIR']}", "model.name=a b", "attention.n=8"]
+    expected = ["2", "model.name=a b", "attention.n=8"]
     assert given(slurm) == {"rank0": expected, "rank1": expected}
     assert not Path(slurm["CALLS"]).exists(), "a run that is done is not queued again"
 
@@ -130,7 +136,17 @@ def test_slurm_warns_the_run_and_queues_it_again(slurm):
     assert Path(slurm["CALLS"]).read_text() == "requeue 4711\n"
 
 
-def test_slurm_needs_a_run_directory(slurm):
-    del slurm["RUN_DIR"]
-    assert sbatch(slurm, "a=b").wait(60) != 0
+def test_slurm_does_not_queue_a_cancelled_run_again(slurm):
+    assert sbatch({**slurm, "CODE": "75", "STATE": "COMPLETING"}, "a=b").wait(120) == 75
+    assert not Path(slurm["CALLS"]).exists()
+
+
+def test_slurm_has_to_find_the_project(slurm):
+    del slurm["SPARSETRON_HOME"]
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "slurm.sbatch")], env=slurm, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 64
+    assert done.stderr.startswith("error: folder ")
+    assert done.stderr.count("\n") == 1
     assert given(slurm) == {}
