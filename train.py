@@ -15,12 +15,13 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 
-from configs.errors import ConfigError, DataError, DivergedError, RunError
+from configs.errors import PREEMPTED, ConfigError, DataError, DivergedError, RunError
 from configs.rules import check
 from configs.schema import Config, sources
 from data.loader import Batch, Loader
 from data.store import Limits
 from launch import sweep
+from launch.clock import Clock, deadline
 from launch.compose import compose, from_text, is_multirun
 from launch.log import RunLog
 from launch.meter import Meter, environment
@@ -54,22 +55,26 @@ def train(run: "Run") -> tuple[int, str]:
     while run.step < cfg.train.steps and stop is None:
         looks = due(run.step + 1, cfg.train.health_every)
         watch = health.Watch(run.engine.deepspeed.module, cfg.attention) if looks else None
+        run.clock.enter("step", run.step + 1)
         trace.before(run.step + 1)
         step = train_step(run)
         meter.count(step.totals.flops, step.totals.dense_flops)
         stop = step.totals.stop
         last = run.step == cfg.train.steps or stop is not None
         if run.guard.why:
+            run.clock.left_out()
             write_skipped(run, step)
         elif due(run.step, cfg.train.log_every) or last:
             write_step(run, step)
         meter.pause()
+        run.clock.enter("evaluate", run.step)
         trace.after(run.step, last)
         if watch:
             write_health(run, watch)
-        if due(run.step, cfg.train.eval_every) or last:
+        if due(run.step, cfg.train.eval_every) or (last and not (stop and stop[0] == PREEMPTED)):
             evaluate(run)
         if due(run.step, cfg.checkpoint.every) or last:
+            run.clock.enter("save", run.step)
             checkpoint.save(Path(cfg.run.dir), run.step, run.engine, run.mesh, run.state(), cfg.checkpoint.keep)
         meter.resume()
     return stop or (0, "done")
@@ -93,6 +98,7 @@ class Run:
     engine: Engine
     meter: Meter
     guard: Guard
+    clock: Clock
     log: Optional[RunLog] = None  # on rank 0
     step: int = 0
     tokens: int = 0  # positions of rows, padding included
@@ -102,7 +108,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides weights and optimizer. Nothing is drawn at random after the start."""
         counters = {"step": self.step, "tokens": self.tokens, "padding": self.padding, "wandb_id": self.wandb_id}
-        parts = {"data": self.loader.state_dict(), "guard": self.guard.state_dict()}
+        parts = {"data": self.loader.state_dict(), "guard": self.guard.state_dict(), "clock": self.clock.state_dict()}
         return {**describe(self.cfg, self.mesh, self.vocab), **counters, **parts}
 
 
@@ -138,7 +144,7 @@ def next_batches(run: Run, loader: Loader) -> tuple[list[Batch], Totals]:
     flops = metrics.flops(run.cfg, run.vocab, lengths).total
     dense = metrics.dense_equivalent(run.cfg, run.vocab, lengths).total
     padding = sum(b.padding for b in batches)
-    asked = run.stop.asked(Path(run.cfg.run.dir))
+    asked = run.stop.asked(Path(run.cfg.run.dir)) or run.clock.asked()
     counts = [targets, flops, dense, padding]
     faults = [error is not None, bool(loader.damaged)]
     sums = host_sum([*faults, *(asked == reason for reason in REASONS), *counts], run.mesh)
@@ -171,6 +177,7 @@ def write_step(run: Run, step: Step) -> None:
         values = {"step": run.step, "tokens": run.tokens, "loss": float(step.loss), "grad_norm": float(step.norm)}
         values |= {"lr": step.lr, "padding": run.padding, "rows_skipped": run.loader.skipped}
         values |= {"updates_skipped": run.guard.skipped, "loss_spikes": run.guard.spikes}
+        values["goodput"] = run.clock.goodput()
         run.log.step({**values, **measured})
 
 
@@ -207,6 +214,7 @@ def evaluate(run: Run) -> None:
     for _ in range(run.cfg.train.eval_batches):
         batches, totals = next_batches(run, run.held_out)
         by_position.expect([b.labels for b in batches])
+        run.clock.alive()
         total += float(run.engine.eval_step(batches, totals.targets)) * totals.targets
         targets += totals.targets
     positions = by_position.read()
@@ -242,6 +250,7 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         Engine(cfg, vocab, place),
         Meter(cfg, place),
         Guard(cfg.guard, cfg.train.steps),
+        Clock(deadline(cfg.run.time_limit)),
     )
     run.wandb_id = uuid.uuid4().hex[:12]
     if found:
@@ -251,10 +260,12 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         run.step, run.tokens, run.padding = state["step"], state["tokens"], state["padding"]
         run.wandb_id = state["wandb_id"]
         run.guard.load_state_dict(state["guard"])
+        run.clock.load_state_dict(state.get("clock", {"good": 0.0}))
     elif cfg.train.start_from:
         checkpoint.begin(Path(cfg.train.start_from), run.engine, place, describe(cfg, place, vocab))
     if place.rank == 0:
         run.log = RunLog(cfg, text, environment(place, loader.fingerprint), run.wandb_id)
+        run.clock.begin(Path(cfg.run.dir))
         run.log.say(f"continues {found[0]}" if found else f"starts {cfg.run.dir}")
     code, reason = RunError.code, "internal error"
     try:
@@ -264,7 +275,7 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         raise
     finally:
         if run.log:
-            run.log.close(code, reason)
+            run.log.close(code, reason, run.clock.goodput())
     return code, reason
 
 

@@ -15,6 +15,7 @@ from configs.schema import (
     Kind,
     Profile,
     data_parallel,
+    duration,
     scheme,
     sources,
 )
@@ -24,6 +25,7 @@ def check(cfg: Config, world: int) -> None:
     """Apply every rule to a run on `world` processes. Raises ConfigError with the first one that is broken."""
     _check_ranges(cfg)
     _check_profile(cfg.profile)
+    _check_time_limit(cfg.run.time_limit)
     _check_paths(cfg)
     _check_model(cfg)
     if cfg.attention.kind is Kind.nsa:
@@ -74,6 +76,14 @@ def _check_ranges(cfg: Config) -> None:
     for key in ("model.vocab_size", "attention.phi_hidden"):
         value = _get(cfg, key)
         _require(value is None or value >= 1, key, value, "out of range", "give at least 1, or null")
+
+
+def _check_time_limit(limit: str | None) -> None:
+    try:
+        ok = limit is None or duration(limit) > 0
+    except ValueError:
+        ok = False
+    _require(ok, "run.time_limit", limit, "not a time", "give seconds above 0, or hours:minutes:seconds")
 
 
 def _check_profile(profile: Profile) -> None:

@@ -15,6 +15,8 @@ BROKEN = [  # changes, processes, what the message must say
     (dict(model__vocab_size=0), 1, ["model.vocab_size=0", "null"]),
     (dict(data__path=" "), 1, ["data.path", "directory"]),
     (dict(run__dir="runs/lr=1"), 1, ["run.dir=runs/lr=1", "without '='"]),
+    (dict(run__time_limit="soon"), 1, ["run.time_limit=soon", "hours:minutes:seconds"]),
+    (dict(run__time_limit="0:00"), 1, ["run.time_limit=0:00", "above 0"]),
     (dict(run__dir="./unused"), 1, ["run.dir", "is also data.path"]),
     (dict(model__kv_heads=3), 1, ["model.heads=8", "model.kv_heads=3"]),
     (dict(model__qk_dim=7), 1, ["model.qk_dim=7", "even"]),
