@@ -25,6 +25,7 @@ from launch.clock import Clock, deadline
 from launch.compose import compose, from_text, is_multirun
 from launch.log import RunLog
 from launch.meter import Meter, environment
+from launch.processes import die_with_parent
 from launch.profile import Trace
 from launch.stop import REASONS, Stop
 from parallel import checkpoint, health, mesh, metrics
@@ -339,6 +340,8 @@ def shared_config(store: dist.Store, rank: int, world: int) -> Optional[str]:
 def main() -> int:
     """Run alone or under torchrun. Returns the exit code; rank 0 also writes it into the file $SPARSETRON_EXIT_FILE."""
     os.umask(0o027)  # what a run writes is for its user, and for the group to read
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()  # with torchrun gone nobody would end this process
     stop, code = Stop(), 0
     if is_multirun() and os.environ.get("WORLD_SIZE", "1") == "1":
         return sweep.main(stop)
