@@ -20,7 +20,7 @@ from configs.rules import check
 from configs.schema import Config, sources
 from data.loader import Batch, Loader
 from data.store import Limits
-from launch import sweep
+from launch import hang, sweep
 from launch.clock import Clock, deadline
 from launch.compose import compose, from_text, is_multirun
 from launch.log import RunLog
@@ -236,6 +236,8 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     cfg = from_text(text)
     check(cfg, dist.get_world_size())
     place = mesh.build(cfg.parallel.tp, cfg.parallel.pp)
+    clock = Clock(deadline(cfg.run.time_limit))
+    watchdog = hang.Watchdog(clock, place, Path(cfg.run.dir), cfg.parallel.timeout)
     loader = together(lambda: open_loader(cfg, place, "train", sources(cfg.data)), place)
     val = loader.holding("val")
     held_out = together(lambda: open_loader(cfg, place, "val", val), place) if val else None
@@ -251,7 +253,7 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         Engine(cfg, vocab, place),
         Meter(cfg, place),
         Guard(cfg.guard, cfg.train.steps),
-        Clock(deadline(cfg.run.time_limit)),
+        clock,
     )
     run.wandb_id = uuid.uuid4().hex[:12]
     if found:
@@ -275,6 +277,7 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         code, reason = e.code, str(e)
         raise
     finally:
+        watchdog.stop()
         if run.log:
             run.log.close(code, reason, run.clock.goodput())
     return code, reason
@@ -349,7 +352,7 @@ def main() -> int:
     try:
         text = shared_config(store, rank, world)
         if text:  # without one, Hydra showed something
-            mesh.start_processes(store, rank, world, from_text(text).parallel.timeout)
+            mesh.start_processes(store, rank, world, hang.SLOW * from_text(text).parallel.timeout)
             code, _ = start(text, stop)
             dist.destroy_process_group()
     except RunError as e:

@@ -146,7 +146,7 @@ class Parallel:
     zero: int = 1
     sequence: bool = False  # Megatron sequence parallelism: activations between the tp regions are split over tokens
     recompute: Recompute = Recompute.none
-    timeout: int = 600  # seconds until a collective that waits for a lost rank fails
+    timeout: int = 600  # seconds a step may take until the run is ended as hung; ten times as long what is no step
 
 
 @dataclass(kw_only=True)

@@ -29,7 +29,7 @@ from launch.stop import Stop
 
 ROOT = Path(__file__).resolve().parent.parent
 FAILURES = 3
-PAUSE = 2.0  # seconds before another start, times the failures without progress
+PAUSE = 1.0  # seconds before another start, times the failures without progress
 GRACE = 30.0  # seconds for this machine's processes to end by themselves when those of another one have
 
 

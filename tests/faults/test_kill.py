@@ -1,7 +1,6 @@
 """F01, F03: killed without warning, in a step or anywhere in a save, a run goes on from its last published step and
 ends as the one that nobody killed, bit for bit."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train import ROOT, SMALL, lines, train
+from tests.faults.faulty import SAVES, same
+from tests.test_train import ROOT, SMALL, train
 
 # Runs train.py, and kills itself in the second save: when this function is called, before it does anything.
 KILLS_ITSELF = """
@@ -29,7 +29,6 @@ def dies(*args, **kwargs):
 setattr(owner, name, dies)
 runpy.run_path(root + "/train.py", run_name="__main__")
 """
-SAVES = ["train.steps=6", "checkpoint.every=2"]
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +36,6 @@ def unbroken(corpus, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("unbroken") / "run"
     train(corpus, run, *SAVES)
     return run
-
-
-def same(run: Path, other: Path) -> None:
-    """Losses, norms and rates of all steps, and the last checkpoint's files, are the same to the bit."""
-    for step, m in lines(other).items():
-        for key in ("loss", "grad_norm", "lr", "tokens"):
-            assert lines(run)[step][key] == m[key], (step, key)
-    hashes = [json.loads((r / "checkpoints/step-00000006/MANIFEST.json").read_text())["files"] for r in (run, other)]
-    assert hashes[0] == hashes[1]
-    assert not list((run / "checkpoints").glob("*.tmp"))
 
 
 @pytest.mark.parametrize("site", ["pieces", "hash", "manifest", "rename"])
@@ -67,13 +56,6 @@ def children(pid: int) -> list[int]:
     """All processes below one."""
     listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [c for child in map(int, listed) for c in [child, *children(child)]]
-
-
-@pytest.fixture(scope="module")
-def unbroken_by_two(corpus, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("two") / "run"
-    train(corpus, run, *SAVES, processes=2)
-    return run
 
 
 @pytest.mark.parametrize("rank", [0, 1])
