@@ -58,8 +58,14 @@ class Watchdog:
             looks = looks + 1 if self.clock.changes == seen else 0
             seen = self.clock.changes
             patience = self.timeout if self.clock.phase == "step" else SLOW * self.timeout
-            if looks * PERIOD >= patience or self.store.check(["roll"]):
+            if looks * PERIOD >= patience or self._is_called():
                 self._give_up()
+
+    def _is_called(self) -> bool:
+        try:
+            return self.store.check(["roll"])
+        except RuntimeError:  # the store is gone with the launcher that had it: the end of the run is under way
+            return False
 
     def _give_up(self) -> None:
         """Answer the roll, be one of those who hear the verdict, and end the process."""

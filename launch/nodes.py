@@ -32,7 +32,7 @@ class Nodes:
 
     def over(self, attempt: int) -> bool:
         """Whether the processes of some machine have ended."""
-        return self.store.check([f"{attempt}/over"])
+        return self._has(f"{attempt}/over")
 
     def report(self, attempt: int, outcome: dict[str, Any]) -> list[dict[str, Any]]:
         """How the attempt ended here; returns how it ended everywhere, by node. Waits for all."""
@@ -49,9 +49,16 @@ class Nodes:
         while time.monotonic() < end and not self.store.check(read):
             time.sleep(0.05)
 
+    def _has(self, key: str) -> bool:
+        try:
+            return self.store.check([key])
+        except RuntimeError as e:  # torch's, of a connection that is lost
+            why = "is gone, and with it what the others agree by"
+            raise RunError("supervisor", "of node 0", why, "see its messages, and start all again") from e
+
     def _await(self, key: str, node: int, give_up: Callable[[], bool] = lambda: False) -> bytes:
         end = time.monotonic() + PATIENCE
-        while not self.store.check([key]):
+        while not self._has(key):
             if give_up():
                 return b""
             if time.monotonic() > end:

@@ -168,6 +168,18 @@ def test_two_nodes_fail_start_again_and_end_together(start, tmp_path):
     assert len(set(lines[0])) == 2, "another one after the failure"
 
 
+def test_with_the_head_gone_the_others_end_too(start, tmp_path):
+    head = f"127.0.0.1:{free_port()}"
+    nodes = [start("wait", "--nodes", "2", "--node", str(k), "--head", head, "-n", "1") for k in range(2)]
+    wait_for(tmp_path / "waits1")
+    below = psutil.Process(nodes[1].pid).children(recursive=True)
+    nodes[0].kill()
+    _, said = nodes[1].communicate(timeout=60)
+    assert nodes[1].returncode == 70
+    assert "error: supervisor of node 0: is gone" in said
+    assert not [p for p in below if p.is_running()]
+
+
 def test_a_head_that_is_taken_or_unknown_is_said(start):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

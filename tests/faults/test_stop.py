@@ -88,7 +88,7 @@ def test_asked_during_an_evaluation(corpus, tmp_path, unbroken_by_two):
 
 
 def test_the_supervisor_killed_takes_all_with_it(corpus, tmp_path, unbroken_by_two):
-    process = faulty(corpus, tmp_path, "slow:1:4", *SAVES)
+    process = faulty(corpus, tmp_path, "loop:1:4", *SAVES)
     until(process, 3)
     below = psutil.Process(process.pid).children(recursive=True)
     assert len(below) >= 3, "torchrun and two ranks"
@@ -100,7 +100,7 @@ def test_the_supervisor_killed_takes_all_with_it(corpus, tmp_path, unbroken_by_t
 
 @slow
 def test_torchrun_killed_takes_the_ranks_with_it_and_is_started_again(corpus, tmp_path, unbroken_by_two):
-    process = faulty(corpus, tmp_path, "slow:1:4", *SAVES)
+    process = faulty(corpus, tmp_path, "loop:1:4", *SAVES)
     until(process, 3)
     (torchrun,) = psutil.Process(process.pid).children()
     below = torchrun.children(recursive=True)
