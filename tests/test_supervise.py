@@ -168,6 +168,7 @@ def test_two_nodes_fail_start_again_and_end_together(start, tmp_path):
     assert len(set(lines[0])) == 2, "another one after the failure"
 
 
+@pytest.mark.slow
 def test_with_the_head_gone_the_others_end_too(start, tmp_path):
     head = f"127.0.0.1:{free_port()}"
     nodes = [start("wait", "--nodes", "2", "--node", str(k), "--head", head, "-n", "1") for k in range(2)]

@@ -19,6 +19,7 @@ def test_a_stopped_rank_is_named_and_ended(corpus, tmp_path, unbroken_by_two):
     assert "does not answer" in said
 
 
+@pytest.mark.slow
 def test_an_endless_loop_is_named_with_its_place(corpus, tmp_path, unbroken_by_two):
     said = hangs(corpus, tmp_path, unbroken_by_two, "loop")
     assert re.search(r"in step 5 \(step\) at tests/faults/inject.py:\d+ in _loop", said)
