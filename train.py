@@ -15,16 +15,18 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 
-from configs.errors import ConfigError, DataError, RunError
+from configs.errors import PREEMPTED, ConfigError, DataError, RunError
 from configs.rules import check
 from configs.schema import Config, OnBadShard, sources
 from data.loader import Batch, Loader
 from data.store import Limits
 from data.synthetic import RandomRows
-from launch import memory, rollbacks, sweep
+from launch import hang, memory, rollbacks, sweep
+from launch.clock import Clock, deadline
 from launch.compose import compose, from_text, is_multirun
 from launch.log import RunLog
 from launch.meter import Meter, environment
+from launch.processes import die_with_parent
 from launch.profile import Trace
 from launch.stop import REASONS, Stop
 from parallel import checkpoint, health, mesh, metrics, repeat
@@ -58,21 +60,25 @@ def train(run: "Run") -> tuple[int, str]:
     while run.step < cfg.train.steps and stop is None:
         looks = due(run.step + 1, cfg.train.health_every)
         watch = health.Watch(run.engine.deepspeed.module, cfg.attention) if looks else None
+        run.clock.enter("step", run.step + 1)
         trace.before(run.step + 1)
         step = train_step(run)
         meter.count(step.totals.flops, step.totals.dense_flops)
         stop = step.totals.stop
         last = run.step == cfg.train.steps or stop is not None
         if run.guard.why:
+            run.clock.left_out()
             write_skipped(run, step)
         elif due(run.step, cfg.train.log_every) or last:
             write_step(run, step)
         meter.pause()
+        run.clock.enter("evaluate", run.step)
         trace.after(run.step, last)
         if watch:
             write_health(run, watch)
-        if due(run.step, cfg.train.eval_every) or last:
+        if due(run.step, cfg.train.eval_every) or (last and not (stop and stop[0] == PREEMPTED)):
             evaluate(run)
+        run.clock.enter("save", run.step)
         if run.guard.spent:
             rollbacks.go_back(run, {"loss": float(step.loss), "norm": float(step.norm), "lr": step.lr})
         elif due(run.step, cfg.checkpoint.every) or (last and cfg.checkpoint.last):
@@ -100,6 +106,7 @@ class Run:
     engine: Engine
     meter: Meter
     guard: Guard
+    clock: Clock
     saver: Optional[Saver] = None
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
     log: Optional[RunLog] = None  # on rank 0
@@ -111,7 +118,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides weights and optimizer. Nothing is drawn at random after the start."""
         counters = {"step": self.step, "tokens": self.tokens, "padding": self.padding, "wandb_id": self.wandb_id}
-        parts = {"data": self.loader.state_dict(), "guard": self.guard.state_dict()}
+        parts = {"data": self.loader.state_dict(), "guard": self.guard.state_dict(), "clock": self.clock.state_dict()}
         return {**self.identity(), **counters, **parts}
 
     def identity(self) -> dict[str, Any]:
@@ -125,6 +132,7 @@ class Run:
         self.step, self.tokens, self.padding = state["step"], state["tokens"], state["padding"]
         self.wandb_id = state["wandb_id"]
         self.guard.load_state_dict(state["guard"])
+        self.clock.load_state_dict(state["clock"])
 
 
 @dataclass(frozen=True)
@@ -159,7 +167,7 @@ def next_batches(run: Run, loader: Loader | RandomRows) -> tuple[list[Batch], To
     flops = metrics.flops(run.cfg, run.vocab, lengths).total
     dense = metrics.dense_equivalent(run.cfg, run.vocab, lengths).total
     padding = sum(b.padding for b in batches)
-    asked = run.stop.asked(Path(run.cfg.run.dir))
+    asked = run.stop.asked(Path(run.cfg.run.dir)) or run.clock.asked()
     counts = [targets, flops, dense, padding]
     facts = [error is not None, bool(loader.damaged), run.saver.finished]
     sums = host_sum([*facts, *(asked == reason for reason in REASONS), *counts], run.mesh)
@@ -194,6 +202,7 @@ def write_step(run: Run, step: Step) -> None:
         values = {"step": run.step, "tokens": run.tokens, "loss": float(step.loss), "grad_norm": float(step.norm)}
         values |= {"lr": step.lr, "batch": run.loader.batch, "padding": run.padding, "rows_skipped": run.loader.skipped}
         values |= {"updates_skipped": run.guard.skipped, "loss_spikes": run.guard.spikes}
+        values["goodput"] = run.clock.goodput()
         run.log.step({**values, **measured})
 
 
@@ -205,7 +214,8 @@ def write_skipped(run: Run, step: Step) -> None:
 
 
 def log_save(run: Run, figures: dict[str, Any]) -> None:
-    """Log a save that has ended."""
+    """Log a save that has ended; how long the last one before a deadline may take is known by it."""
+    run.clock.measured("save", figures["save_stall_s"] + figures.get("save_background_s", 0.0))
     if run.log:
         run.log.saved(figures)
 
@@ -220,6 +230,7 @@ def evaluate(run: Run) -> None:
     for _ in range(run.cfg.train.eval_batches):
         batches, totals = next_batches(run, run.held_out)
         by_position.expect([b.labels for b in batches])
+        run.clock.alive()
         total += float(run.engine.eval_step(batches, totals.targets)) * totals.targets
         targets += totals.targets
     positions = by_position.read()
@@ -240,6 +251,8 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     cfg = from_text(text)
     check(cfg, dist.get_world_size())
     place = mesh.build(cfg.parallel.tp, cfg.parallel.pp)
+    clock = Clock(deadline(cfg.run.time_limit))
+    watchdog = hang.Watchdog(clock, place, Path(cfg.run.dir), cfg.parallel.timeout)
     loader = together(lambda: open_loader(cfg, place, "train", sources(cfg.data)), place)
     val = loader.holding("val")
     held_out = together(lambda: open_loader(cfg, place, "val", val), place) if val else None
@@ -257,6 +270,7 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         engine,
         Meter(cfg, place),
         Guard(cfg.guard, cfg.train.steps),
+        clock,
     )
     run.wandb_id = uuid.uuid4().hex[:12]
     run.rollbacks = agree(place, lambda: rollbacks.read(Path(cfg.run.dir)))
@@ -268,6 +282,7 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     run.saver = Saver(Path(cfg.run.dir), run.engine, place, cfg.checkpoint, lambda figures: log_save(run, figures))
     if place.rank == 0:
         run.log = RunLog(cfg, text, environment(place, loader.fingerprint), run.wandb_id)
+        run.clock.begin(Path(cfg.run.dir))
         run.log.say(f"continues {found[0]}" if found else f"starts {cfg.run.dir}")
     code, reason = RunError.code, "internal error"
     try:
@@ -278,8 +293,9 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         code, reason = (e.code, str(e)) if isinstance(e, RunError) else (code, reason)
         raise
     finally:
+        watchdog.stop()
         if run.log:
-            run.log.close(code, reason)
+            run.log.close(code, reason, run.clock.goodput())
     return code, reason
 
 
@@ -350,6 +366,8 @@ def shared_config(store: dist.Store, rank: int, world: int) -> Optional[str]:
 def main() -> int:
     """Run alone or under torchrun. Returns the exit code; rank 0 also writes it into the file $SPARSETRON_EXIT_FILE."""
     os.umask(0o027)  # what a run writes is for its user, and for the group to read
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()  # with torchrun gone nobody would end this process
     stop, code = Stop(), 0
     if is_multirun() and os.environ.get("WORLD_SIZE", "1") == "1":
         return sweep.main(stop)
@@ -360,7 +378,7 @@ def main() -> int:
             cfg = from_text(text)
             if cfg.deterministic:
                 repeat.deterministic()
-            mesh.start_processes(store, rank, world, cfg.parallel.timeout)
+            mesh.start_processes(store, rank, world, hang.SLOW * cfg.parallel.timeout)
             code, _ = start(text, stop)
             dist.destroy_process_group()
     except RunError as e:

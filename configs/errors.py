@@ -1,6 +1,6 @@
 """What a user can get wrong, each with its exit code and one line of text. Standard library only.
 
-Exit codes: 0 done or stopped by the user, 64 configuration, 65 data, 66 checkpoint, 70 internal error or hang,
+Exit codes: 0 done or stopped by the user, 64 configuration, 65 data, 66 checkpoint, 70 internal error, 71 hang,
 75 preempted or out of time (run again), 76 diverged.
 """
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 PREEMPTED = 75
+FINAL = {0, 64, 65, 66, 75, 76}  # another start would end the same, or was not wanted
 
 
 class RunError(Exception):
@@ -46,6 +47,12 @@ class OutOfMemory(RunError):
     """A rank has no memory left, of its device or of its host."""
 
     alone = True
+
+
+class HangError(RunError):
+    """A process that does not go on."""
+
+    code = 71
 
 
 class DivergedError(RunError):

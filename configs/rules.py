@@ -15,6 +15,7 @@ from configs.schema import (
     Kind,
     Profile,
     data_parallel,
+    duration,
     scheme,
     sources,
 )
@@ -33,6 +34,7 @@ def check_sizes(cfg: Config, world: int) -> None:
     for span in cfg.data.skip:
         ok = len(span) == 2 and 1 <= span[0] <= span[1]
         _require(ok, "data.skip", cfg.data.skip, "no spans of batches", "give [[first, last], ...], counted from 1")
+    _check_time_limit(cfg.run.time_limit)
     _check_model(cfg)
     if cfg.attention.kind is Kind.nsa:
         _check_nsa(cfg.attention)
@@ -82,6 +84,14 @@ def _check_ranges(cfg: Config) -> None:
     for key in ("model.vocab_size", "attention.phi_hidden", "data.random"):
         value = _get(cfg, key)
         _require(value is None or value >= 1, key, value, "out of range", "give at least 1, or null")
+
+
+def _check_time_limit(limit: str | None) -> None:
+    try:
+        ok = limit is None or duration(limit) > 0
+    except ValueError:
+        ok = False
+    _require(ok, "run.time_limit", limit, "not a time", "give seconds above 0, or hours:minutes:seconds")
 
 
 def _check_profile(profile: Profile) -> None:

@@ -159,7 +159,7 @@ class Parallel:
     sequence: bool = False  # Megatron sequence parallelism: activations between the tp regions are split over tokens
     recompute: Recompute = Recompute.none
     compile: Optional[bool] = None  # fuse what lies around attention (torch.compile); null: on a GPU, unless zero=3
-    timeout: int = 600  # seconds until a collective that waits for a lost rank fails
+    timeout: int = 600  # seconds a step may take until the run is ended as hung; ten times as long what is no step
 
 
 @dataclass(kw_only=True)
@@ -239,6 +239,7 @@ class Run:
     """Where the run lives. metrics.jsonl, config.yaml, checkpoints/ and wandb/ are below `dir`."""
 
     dir: str
+    time_limit: Optional[str] = None  # seconds or h:m:s since the start: it then has saved and left with code 75
     twin: Optional[str] = None  # run directory of the full-attention twin: the baseline of speedup_vs_full
 
 
@@ -287,6 +288,16 @@ def scheme(path: str) -> Optional[str]:
     """Of an address such as http://...; None for a path of this machine. `pipe:` is one too, and never allowed."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)(://|::)|(pipe):", path)
     return (found.group(1) or found.group(3)).lower() if found else None
+
+
+def duration(text: str) -> float:
+    """Seconds of `90`, `1:30` (minutes) or `1:00:00` (hours). Raises ValueError."""
+    if not re.fullmatch(r"(\d+:){0,2}\d+(\.\d+)?", text):
+        raise ValueError(f"{text} is no duration")
+    seconds = 0.0
+    for part in text.split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds
 
 
 def sources(data: Data) -> dict[str, float]:

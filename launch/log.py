@@ -27,6 +27,7 @@ class RunLog:
         self.directory = Path(cfg.run.dir)
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "config.yaml").write_text(config_text)
+        (self.directory / "exit.json").unlink(missing_ok=True)  # of the process before
         (self.directory / "environment.json").write_text(json.dumps(environment, indent=1))
         self.file = open(self.directory / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  closed by close()
         self.wandb = _Wandb(cfg, yaml.safe_load(config_text), environment, wandb_id)
@@ -88,10 +89,12 @@ class RunLog:
         """A line on the terminal only."""
         print(line, flush=True)
 
-    def close(self, code: int, reason: str) -> None:
+    def close(self, code: int, reason: str, goodput: float) -> None:
         """Write exit.json and end the W&B run."""
+        self.say(f"ends with code {code}: {reason}; {goodput:.1%} of the time since the first start went into steps")
+        end = {"code": code, "reason": reason, "goodput": goodput}
         self._try(self.file.close)
-        self._try(lambda: (self.directory / "exit.json").write_text(json.dumps({"code": code, "reason": reason})))
+        self._try(lambda: (self.directory / "exit.json").write_text(json.dumps(end)))
         self.wandb.finish(code)
 
     def _write(self, metrics: dict[str, Any]) -> None:

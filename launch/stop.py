@@ -9,6 +9,7 @@ from configs.errors import PREEMPTED
 
 REASONS = {  # exit code and reason
     "preempted": (PREEMPTED, "asked to stop by SIGTERM or SIGUSR1"),
+    "out of time": (PREEMPTED, "the end of run.time_limit or of the slurm job is near"),
     "interrupted": (0, "stopped by the user"),
 }
 

@@ -17,6 +17,8 @@ BROKEN = [  # changes, processes, what the message must say
     (dict(data__random=100), 1, ["data.random=100", "beside data.path"]),
     (dict(data__random=0, data__path=None), 1, ["data.random=0", "at least 1"]),
     (dict(run__dir="runs/lr=1"), 1, ["run.dir=runs/lr=1", "without '='"]),
+    (dict(run__time_limit="soon"), 1, ["run.time_limit=soon", "hours:minutes:seconds"]),
+    (dict(run__time_limit="0:00"), 1, ["run.time_limit=0:00", "above 0"]),
     (dict(run__dir="./unused"), 1, ["run.dir", "is also data.path"]),
     (dict(model__kv_heads=3), 1, ["model.heads=8", "model.kv_heads=3"]),
     (dict(model__qk_dim=7), 1, ["model.qk_dim=7", "even"]),

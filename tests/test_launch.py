@@ -58,7 +58,7 @@ def test_local_passes_options_on_as_they_are(place):
 
 @pytest.mark.parametrize("code", [0, 64, 75])
 def test_local_leaves_with_the_runs_own_code(place, code):
-    assert local({**place, "CODE": str(code)}, "-n", "2", "a=b").wait(120) == code
+    assert local({**place, "CODE": str(code)}, "-n", "2", "data.path=q").wait(120) == code
 
 
 def test_local_starts_a_sweep_once_and_tells_it_how_many_processes_a_run_has(place, tmp_path):
@@ -79,7 +79,7 @@ def wait_for(path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_local_hands_a_request_to_stop_on_and_waits_for_the_run(place, number):
-    process = local({**place, "SECONDS_TO_RUN": "60"}, "-n", "2", "a=b")
+    process = local({**place, "SECONDS_TO_RUN": "60"}, "-n", "2", "data.path=q")
     wait_for(Path(place["OUT"], "rank1"))
     process.send_signal(number)
     assert process.wait(60) == 75

