@@ -6,7 +6,6 @@ Exit codes are in configs/errors.py.
 
 import os
 import sys
-import uuid
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -37,7 +36,8 @@ from parallel.schedule import learning_rate
 
 def train_step(run: "Run") -> "Step":
     """One optimizer step: the next rows of every rank, forward and backward over its micro-batches, one update."""
-    batches, totals = next_batches(run, run.loader)
+    with run.meter.waiting():
+        batches, totals = next_batches(run, run.loader)
     lr = learning_rate(run.step, run.cfg.train.steps, run.cfg.optim)
     loss, norm = run.engine.train_step(batches, totals.targets, lr, run.guard)
     run.step += 1
@@ -54,6 +54,8 @@ def train(run: "Run") -> tuple[int, str]:
     while run.step < cfg.train.steps and stop is None:
         looks = due(run.step + 1, cfg.train.health_every)
         watch = health.Watch(run.engine.deepspeed.module, cfg.attention) if looks else None
+        if due(run.step + 1, cfg.train.log_every):
+            run.engine.clock.watch()
         trace.before(run.step + 1)
         step = train_step(run)
         meter.count(step.totals.flops, step.totals.dense_flops)
@@ -171,7 +173,7 @@ def write_step(run: Run, step: Step) -> None:
         values = {"step": run.step, "tokens": run.tokens, "loss": float(step.loss), "grad_norm": float(step.norm)}
         values |= {"lr": step.lr, "padding": run.padding, "rows_skipped": run.loader.skipped}
         values |= {"updates_skipped": run.guard.skipped, "loss_spikes": run.guard.spikes}
-        run.log.step({**values, **measured})
+        run.log.step({**values, **measured, **run.engine.clock.read()})
 
 
 def write_skipped(run: Run, step: Step) -> None:
@@ -243,7 +245,6 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         Meter(cfg, place),
         Guard(cfg.guard, cfg.train.steps),
     )
-    run.wandb_id = uuid.uuid4().hex[:12]
     if found:
         path, state = found
         checkpoint.load(path, run.engine)
@@ -255,6 +256,7 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         checkpoint.begin(Path(cfg.train.start_from), run.engine, place, describe(cfg, place, vocab))
     if place.rank == 0:
         run.log = RunLog(cfg, text, environment(place, loader.fingerprint), run.wandb_id)
+        run.wandb_id = run.log.wandb_id
         run.log.say(f"continues {found[0]}" if found else f"starts {cfg.run.dir}")
     code, reason = RunError.code, "internal error"
     try:

@@ -5,6 +5,8 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +30,14 @@ class Meter:
 
     def restart(self) -> None:
         """Begin a new interval now."""
-        self.start, self.steps, self.flops, self.dense = time.perf_counter(), 0, 0, 0
+        self.start, self.steps, self.flops, self.dense, self.waited = time.perf_counter(), 0, 0, 0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, this rank has nothing to do until the rows of all ranks are there."""
+        begin = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begin
 
     def pause(self) -> None:
         """Something that is not training begins; `resume` ends it."""
@@ -51,7 +60,8 @@ class Meter:
         speed = metrics.throughput(
             self.flops, self.dense, tokens, seconds, self.mesh.world, self.peak, self.full_tokens_per_s
         )
-        out = {"step_s": seconds / self.steps, **speed, "speedup_from": self.source}
+        out = {"step_s": seconds / self.steps, "data_wait_s": self.waited / self.steps}
+        out |= {**speed, "speedup_from": self.source}
         out["mem_gib"] = metrics.memory_gib(self.mesh.device)
         self.restart()
         return out

@@ -15,11 +15,12 @@ from torch import Tensor
 from configs.schema import Config, Optim, Precision, micro_batches
 from parallel import init, pieces
 from parallel.attention import Documents
+from parallel.clock import OTHER, Clock
 from parallel.guard import Guard
 from parallel.loss import vocab_parallel_cross_entropy
 from parallel.mesh import Mesh
 from parallel.norms import parameter_norms
-from parallel.pipeline import Pipeline
+from parallel.pipeline import PARTS, Pipeline
 from parallel.transformer import Transformer
 
 
@@ -64,6 +65,8 @@ class Engine:
             config=deepspeed_config(cfg, mesh),
             mpu=None if mesh.pp.size > 1 else _Mpu(mesh),
         )
+        self.clock = Clock(mesh.device)
+        self._time_parts()
         self.guard: Optional[Guard] = None
         self.norms: dict[str, dict[str, float]] = {}  # of the last step that could have been the guard's last
         self.accepted: Optional[bool] = None  # by the guard, in this step; None: not asked yet
@@ -140,6 +143,17 @@ class Engine:
             adamw.state[master] = {"step": torch.zeros((), device=device), **moments}
         return adamw.state[master]
 
+    def _time_parts(self) -> None:
+        """What of a step is DeepSpeed's own: the reduction of gradients under ZeRO 1 (2 and 3 have it inside backward),
+        and the instructions of a pipeline."""
+        if self.zero == 1:
+            reduce = self.deepspeed.allreduce_gradients
+            self.deepspeed.allreduce_gradients = self.clock.timed("reduce_gradients", reduce)
+        if self.mesh.pp.size > 1:
+            instructions = self.deepspeed._INSTRUCTION_MAP.items()
+            timed = {cmd: self.clock.timed(PARTS.get(cmd, OTHER), do) for cmd, do in instructions}
+            self.deepspeed._INSTRUCTION_MAP = timed
+
     def _watched_update(self, *args: Any, **kwargs: Any) -> Any:
         if self.guard and self.guard.last_chance:
             self.norms = parameter_norms(self.deepspeed.module, self.mesh)
@@ -172,12 +186,15 @@ class Engine:
         self.deepspeed.train()
         total = torch.zeros((), device=self.mesh.device)
         for i, batch in enumerate(micro):
-            loss = self._loss(batch, scale)
-            self.deepspeed.backward(loss)
+            with self.clock.part("forward"):
+                loss = self._loss(batch, scale)
+            with self.clock.part("backward"):
+                self.deepspeed.backward(loss)
             total += loss.detach()
             if i == len(micro) - 1:
                 self.loss = self._mean(total, len(micro))  # before the update, which depends on it
-            self.deepspeed.step()
+            with self.clock.part("optimizer"):
+                self.deepspeed.step()
         return self.loss
 
     def _eval_plain(self, micro: list[MicroBatch], scale: Tensor) -> Tensor:

@@ -68,6 +68,10 @@ def test_a_run_leaves_what_it_promises(whole):
     assert steps[8]["loss"] < steps[1]["loss"] - 0.15
     promised = "step tokens loss grad_norm lr step_s tokens_per_s tokens_per_s_per_gpu model_tflops mfu mem_gib"
     assert all(set(promised.split()) <= set(m) for m in steps.values())
+    parts = {key: value for key, value in steps[8].items() if key.startswith("time/")}
+    assert {"time/forward_s", "time/backward_s", "time/optimizer_s", "time/reduce_gradients_s"} <= set(parts)
+    assert 0.5 * steps[8]["step_s"] < sum(parts.values()) < steps[8]["step_s"]
+    assert 0 < steps[8]["data_wait_s"] < steps[8]["step_s"]
     assert steps[8]["tokens"] == 8 * 4 * 128
     assert steps[8]["mfu"] is None, "a CPU has no known peak"
     assert set(lines(whole, "val_loss")) == {4, 8}
@@ -146,6 +150,7 @@ def test_four_processes_train_like_one(corpus, tmp_path, whole):
     assert ours == pytest.approx(theirs, rel=1e-5)
     flops = [lines(r)[8]["model_tflops"] * lines(r)[8]["step_s"] * n for r, n in ((run, 4), (whole, 1))]
     assert flops[0] == pytest.approx(flops[1], rel=0.01), "each layout counts the same work"
+    assert 0 < lines(run)[8]["time/stages_s"] < lines(run)[8]["step_s"]
     assert sorted(p.name for p in tmp_path.iterdir()) == [run.name], "one run directory, nothing beside it"
 
 
