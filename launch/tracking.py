@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from configs.errors import PREEMPTED, RunError
 from configs.schema import Config, Kind, WandbMode
 
 PERIOD = 1.0  # seconds between two looks into metrics.jsonl
@@ -52,6 +53,12 @@ class Tracker:
         except Exception as e:  # a dashboard never stops a run
             fix = f"metrics.jsonl has the numbers, python -m launch.upload {self.directory} sends them later"
             self.warn(f"warning: W&B is off: {reason(e)}; {fix}")
+
+
+class ServerError(RunError):
+    """W&B cannot be reached, or does not take what it is sent."""
+
+    code = PREEMPTED
 
 
 class Lines:

@@ -10,15 +10,9 @@ import sys
 from pathlib import Path
 from typing import Optional
 
-from configs.errors import PREEMPTED, ConfigError, RunError, exit_code
+from configs.errors import ConfigError, exit_code
 from configs.schema import WandbMode
 from launch import runs, tracking
-
-
-class ServerError(RunError):
-    """W&B cannot be reached, or does not want the run."""
-
-    code = PREEMPTED
 
 
 def upload(directory: Path, timeout: float) -> str:
@@ -32,7 +26,7 @@ def upload(directory: Path, timeout: float) -> str:
         run.finish(exit_code=0)
     except Exception as e:  # W&B has many
         fix = "give the same command again: what has arrived is not sent twice"
-        raise ServerError("W&B", f"run {directory}", tracking.reason(e), fix) from e
+        raise tracking.ServerError("W&B", f"run {directory}", tracking.reason(e), fix) from e
     return f"{directory}: {sent} lines sent, {had} were there: {where}"
 
 

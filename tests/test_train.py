@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch import dashboard
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     "model.layers=2 model.dim=48 model.heads=4 model.kv_heads=2 model.qk_dim=12 model.v_dim=12 model.mlp_dim=96 "
@@ -81,6 +83,15 @@ def test_a_run_leaves_what_it_promises(whole):
     environment = json.loads((whole / "environment.json").read_text())
     assert environment["world"] == 1
     assert environment["torch"].startswith("2.")
+
+
+def test_the_dashboard_shows_what_is_logged(whole):
+    logged = {key for line in (whole / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
+    shown = {name for panels in dashboard.CURVES.values() for names in panels.values() for name in names}
+    assert shown - logged == {"goodput"}
+    assert set(dashboard.BY_CONTEXT.values()) <= shown
+    for begin in [begin for panels in dashboard.FAMILIES.values() for begin in panels.values()]:
+        assert any(key.startswith(begin) for key in logged), begin
 
 
 def test_the_health_of_sparsity_is_logged_when_it_is_due(whole):

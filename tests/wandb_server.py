@@ -22,6 +22,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self.runs: dict[str, dict[str, Any]] = {}
+        self.views: list[dict[str, Any]] = []  # workspaces
         self.ends: dict[str, int] = {}  # exit codes
         self.silent = False
         self.status = 200
@@ -59,6 +60,9 @@ class Server(ThreadingHTTPServer):
             address = f"http://127.0.0.1:{self.server_port}/upload/"
             files = [{"name": name, "uploadUrl": address + name} for name in variables["files"]]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
+        if "upsertView" in query:
+            self.views.append(variables)
+            return {"upsertView": {"view": {"id": "v", "name": variables["name"]}, "inserted": True}}
         if "iewer" in query:
             viewer = {"id": "u", "entity": "tester", "username": "tester", "email": "", "flags": "{}"}
             return {"viewer": {**viewer, "teams": {"edges": []}}}
