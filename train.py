@@ -19,7 +19,7 @@ from configs.rules import check
 from configs.schema import Config, sources
 from data.loader import Batch, Loader
 from data.store import Limits
-from launch import sweep
+from launch import baseline, sweep
 from launch.compose import compose, from_text, is_multirun
 from launch.log import RunLog
 from launch.meter import Meter, environment
@@ -234,6 +234,8 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     held_out = together(lambda: open_loader(cfg, place, "val", val), place) if val else None
     vocab = vocabulary(cfg, loader)
     found = checkpoint.find(Path(cfg.run.dir), place, cfg.resume, describe(cfg, place, vocab))
+    here = environment(place, loader.fingerprint)
+    full = baseline.find(cfg, text, here, place, vocab, lambda: open_loader(cfg, place, "train", sources(cfg.data)))
     run = Run(
         cfg,
         place,
@@ -242,7 +244,7 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         loader,
         held_out,
         Engine(cfg, vocab, place),
-        Meter(cfg, place),
+        Meter(cfg, place, full),
         Guard(cfg.guard, cfg.train.steps),
     )
     if found:
@@ -255,9 +257,12 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     elif cfg.train.start_from:
         checkpoint.begin(Path(cfg.train.start_from), run.engine, place, describe(cfg, place, vocab))
     if place.rank == 0:
-        run.log = RunLog(cfg, text, environment(place, loader.fingerprint), run.wandb_id)
+        run.log = RunLog(cfg, text, here, run.wandb_id)
         run.wandb_id = run.log.wandb_id
         run.log.say(f"continues {found[0]}" if found else f"starts {cfg.run.dir}")
+        full.keep(Path(cfg.run.dir))
+        if full.source:
+            run.log.say(f"full attention has {full.tokens_per_s:,.0f} tokens/s ({full.source})")
     code, reason = RunError.code, "internal error"
     try:
         code, reason = train(run)

@@ -118,12 +118,16 @@ def _line(m: dict[str, Any], steps: int, left: Optional[float]) -> str:
         f"{m['tokens_per_s_per_gpu']:,.0f} tokens/s per GPU",
         f"{m['model_tflops']:.3g} TFLOP/s",
         "" if m["mfu"] is None else f"MFU {m['mfu']:.1%}",
-        "" if m["speedup_vs_full"] is None else f"{m['speedup_vs_full']:.2f}x full",
+        "" if m["speedup_vs_full"] is None else f"{m['speedup_vs_full']:.2f}x full{_calibrated(m)}",
         f"{m['mem_gib']:.2f} GiB",
         f"data {m['data_wait_s']:.3f} s",
         "" if left is None else f"{clock(left)} left",
     ]
     return "  ".join(p for p in parts if p)
+
+
+def _calibrated(m: dict[str, Any]) -> str:
+    return " (calibrated)" if m["speedup_from"].startswith("calibration") else ""
 
 
 def _json(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, Optional, Protocol
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor
 
 from configs.schema import Config, Optim, Precision, micro_batches
@@ -102,6 +103,18 @@ class Engine:
         scale = torch.tensor(len(micro) * self.mesh.dp.size / max(targets, 1), device=self.mesh.device)
         run = self._eval_pipeline if self.mesh.pp.size > 1 else self._eval_plain
         return run(micro, scale)
+
+    def close(self) -> None:
+        """Give back what belongs to the model and its optimizer. Nothing can be done with this engine after it."""
+        engine = self.deepspeed
+        engine.destroy()
+        parameter_offload.FWD_MODULE_STACK.clear()  # under ZeRO 3 it holds the last model that ran
+        # Hooks of parameters and outputs hold DeepSpeed's objects, which hold those: cycles that Python does not see.
+        for p in engine.module.parameters():
+            p.grad, p.data = None, p.data.new_empty(0)
+            vars(p).clear()
+        for part in (engine.optimizer, engine, self):
+            vars(part).clear()
 
     def save(self, directory: Path) -> None:
         """Write this rank's pieces of weights and optimizer state into `directory`."""

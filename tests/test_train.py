@@ -20,7 +20,7 @@ SMALL = (
     "model.layers=2 model.dim=48 model.heads=4 model.kv_heads=2 model.qk_dim=12 model.v_dim=12 model.mlp_dim=96 "
     "attention.l=8 attention.d=4 attention.l_slc=16 attention.n=4 attention.w=32 data.seq_len=128 "
     "train.global_batch=4 train.micro_batch=2 train.precision=fp32 optim.lr=3e-3 optim.min_lr=3e-4 optim.warmup=2 "
-    "wandb.mode=disabled"
+    "wandb.mode=disabled run.calibrate=0"
 ).split()
 
 
