@@ -55,7 +55,7 @@ def train(run: "Run") -> tuple[int, str]:
         looks = due(run.step + 1, cfg.train.health_every)
         watch = health.Watch(run.engine.deepspeed.module, cfg.attention) if looks else None
         if due(run.step + 1, cfg.train.log_every):
-            run.engine.clock.watch()
+            run.engine.stopwatch.watch()
         trace.before(run.step + 1)
         step = train_step(run)
         meter.count(step.totals.flops, step.totals.dense_flops)
@@ -173,7 +173,7 @@ def write_step(run: Run, step: Step) -> None:
         values = {"step": run.step, "tokens": run.tokens, "loss": float(step.loss), "grad_norm": float(step.norm)}
         values |= {"lr": step.lr, "padding": run.padding, "rows_skipped": run.loader.skipped}
         values |= {"updates_skipped": run.guard.skipped, "loss_spikes": run.guard.spikes}
-        run.log.step({**values, **measured, **run.engine.clock.read()})
+        run.log.step({**values, **measured, **run.engine.stopwatch.read()})
 
 
 def write_skipped(run: Run, step: Step) -> None:

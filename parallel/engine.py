@@ -16,12 +16,12 @@ from torch import Tensor
 from configs.schema import Config, Optim, Precision, micro_batches
 from parallel import init, pieces
 from parallel.attention import Documents
-from parallel.clock import OTHER, Clock
 from parallel.guard import Guard
 from parallel.loss import vocab_parallel_cross_entropy
 from parallel.mesh import Mesh
 from parallel.norms import parameter_norms
 from parallel.pipeline import PARTS, Pipeline
+from parallel.stopwatch import OTHER, Stopwatch
 from parallel.transformer import Transformer
 
 
@@ -66,7 +66,7 @@ class Engine:
             config=deepspeed_config(cfg, mesh),
             mpu=None if mesh.pp.size > 1 else _Mpu(mesh),
         )
-        self.clock = Clock(mesh.device)
+        self.stopwatch = Stopwatch(mesh.device)
         self._time_parts()
         self.guard: Optional[Guard] = None
         self.norms: dict[str, dict[str, float]] = {}  # of the last step that could have been the guard's last
@@ -161,10 +161,10 @@ class Engine:
         and the instructions of a pipeline."""
         if self.zero == 1:
             reduce = self.deepspeed.allreduce_gradients
-            self.deepspeed.allreduce_gradients = self.clock.timed("reduce_gradients", reduce)
+            self.deepspeed.allreduce_gradients = self.stopwatch.timed("reduce_gradients", reduce)
         if self.mesh.pp.size > 1:
             instructions = self.deepspeed._INSTRUCTION_MAP.items()
-            timed = {cmd: self.clock.timed(PARTS.get(cmd, OTHER), do) for cmd, do in instructions}
+            timed = {cmd: self.stopwatch.timed(PARTS.get(cmd, OTHER), do) for cmd, do in instructions}
             self.deepspeed._INSTRUCTION_MAP = timed
 
     def _watched_update(self, *args: Any, **kwargs: Any) -> Any:
@@ -199,14 +199,14 @@ class Engine:
         self.deepspeed.train()
         total = torch.zeros((), device=self.mesh.device)
         for i, batch in enumerate(micro):
-            with self.clock.part("forward"):
+            with self.stopwatch.part("forward"):
                 loss = self._loss(batch, scale)
-            with self.clock.part("backward"):
+            with self.stopwatch.part("backward"):
                 self.deepspeed.backward(loss)
             total += loss.detach()
             if i == len(micro) - 1:
                 self.loss = self._mean(total, len(micro))  # before the update, which depends on it
-            with self.clock.part("optimizer"):
+            with self.stopwatch.part("optimizer"):
                 self.deepspeed.step()
         return self.loss
 

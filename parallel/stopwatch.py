@@ -11,7 +11,7 @@ import torch
 OTHER = "other"
 
 
-class Clock:
+class Stopwatch:
     """Marks the changes from one part of a watched step to another. On a GPU they are events in the device's own
     stream: nobody waits for them until they are read.
     """

@@ -5,24 +5,24 @@ import time
 import pytest
 import torch
 
-from parallel.clock import Clock
+from parallel.stopwatch import Stopwatch
 
 
-def work(clock: Clock) -> None:
-    with clock.part("backward"):
+def work(watch: Stopwatch) -> None:
+    with watch.part("backward"):
         time.sleep(0.04)
-        clock.timed("reduce", time.sleep)(0.08)
+        watch.timed("reduce", time.sleep)(0.08)
         time.sleep(0.02)
     time.sleep(0.03)
 
 
 def test_inner_parts_are_not_counted_twice():
-    clock = Clock(torch.device("cpu"))
-    clock.watch()
+    watch = Stopwatch(torch.device("cpu"))
+    watch.watch()
     begin = time.perf_counter()
-    work(clock)
-    work(clock)
-    parts = clock.read()
+    work(watch)
+    work(watch)
+    parts = watch.read()
     whole = time.perf_counter() - begin
     assert parts["time/reduce_s"] >= 0.16
     assert 0.12 <= parts["time/backward_s"] < parts["time/reduce_s"]
@@ -31,23 +31,23 @@ def test_inner_parts_are_not_counted_twice():
 
 
 def test_a_step_that_is_not_watched_costs_no_marks():
-    clock = Clock(torch.device("cpu"))
-    work(clock)
-    assert clock.marks == []
-    assert clock.read() == {}
-    clock.watch()
-    assert clock.read()
-    assert clock.read() == {}, "read once"
+    watch = Stopwatch(torch.device("cpu"))
+    work(watch)
+    assert watch.marks == []
+    assert watch.read() == {}
+    watch.watch()
+    assert watch.read()
+    assert watch.read() == {}, "read once"
 
 
 @pytest.mark.gpu
 def test_the_device_is_not_waited_for():
     x = torch.randn(8192, 8192, device="cuda")
-    clock = Clock(x.device)
-    clock.watch()
+    watch = Stopwatch(x.device)
+    watch.watch()
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    with clock.part("forward"):
+    with watch.part("forward"):
         for _ in range(20):
             x = x @ x
             x /= x.norm()
@@ -55,4 +55,4 @@ def test_the_device_is_not_waited_for():
     torch.cuda.synchronize()
     whole = time.perf_counter() - begin
     assert host < whole / 2
-    assert clock.read()["time/forward_s"] == pytest.approx(whole, rel=0.2)
+    assert watch.read()["time/forward_s"] == pytest.approx(whole, rel=0.2)
