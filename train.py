@@ -19,6 +19,7 @@ from configs.rules import check
 from configs.schema import Config, sources
 from data.loader import Batch, Loader
 from data.store import Limits
+from data.synthetic import RandomRows
 from launch import baseline, sweep
 from launch.compose import compose, from_text, is_multirun
 from launch.log import RunLog
@@ -71,7 +72,7 @@ def train(run: "Run") -> tuple[int, str]:
             write_health(run, watch)
         if due(run.step, cfg.train.eval_every) or last:
             evaluate(run)
-        if due(run.step, cfg.checkpoint.every) or last:
+        if due(run.step, cfg.checkpoint.every) or (last and cfg.checkpoint.last):
             checkpoint.save(Path(cfg.run.dir), run.step, run.engine, run.mesh, run.state(), cfg.checkpoint.keep)
         meter.resume()
     return stop or (0, "done")
@@ -90,7 +91,7 @@ class Run:
     mesh: Mesh
     stop: Stop
     vocab: int
-    loader: Loader
+    loader: Loader | RandomRows
     held_out: Optional[Loader]  # None where no documents were held out
     engine: Engine
     meter: Meter
@@ -129,7 +130,7 @@ class Step:
     totals: Totals
 
 
-def next_batches(run: Run, loader: Loader) -> tuple[list[Batch], Totals]:
+def next_batches(run: Run, loader: Loader | RandomRows) -> tuple[list[Batch], Totals]:
     """This rank's micro-batches, and sums over all ranks. One rank's DataError is raised on all of them."""
     try:
         batches, error = loader.next_step(), None
@@ -205,7 +206,7 @@ def evaluate(run: Run) -> None:
         return
     run.held_out.reset()
     total, targets = 0.0, 0
-    by_position = LossByPosition(run.engine.deepspeed.module, run.mesh, run.cfg.data.seq_len)
+    by_position = LossByPosition(run.engine.deepspeed.module, run.engine.loss_of, run.mesh, run.cfg.data.seq_len)
     for _ in range(run.cfg.train.eval_batches):
         batches, totals = next_batches(run, run.held_out)
         by_position.expect([b.labels for b in batches])
@@ -275,17 +276,19 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     return code, reason
 
 
-def open_loader(cfg: Config, place: Mesh, split: str, mix: dict[str, float]) -> Loader:
+def open_loader(cfg: Config, place: Mesh, split: str, mix: dict[str, float]) -> Loader | RandomRows:
     """The rows of this rank's data-parallel coordinate."""
-    d = cfg.data
+    d, t = cfg.data, cfg.train
+    if d.random:
+        return RandomRows(d.random, d.seq_len, t.global_batch, t.micro_batch, cfg.seed, place.dp.rank, place.dp.size)
     return Loader(
-        mix, split, d.seq_len, cfg.train.global_batch, cfg.train.micro_batch, cfg.seed,
+        mix, split, d.seq_len, t.global_batch, t.micro_batch, cfg.seed,
         place.dp.rank, place.dp.size, d.long_documents, d.verify, d.on_bad_shard, d.read_ahead,
         Limits(d.cache_dir, int(d.cache_gib * 2**30), d.timeout),
     )  # fmt: skip
 
 
-def vocabulary(cfg: Config, loader: Loader) -> int:
+def vocabulary(cfg: Config, loader: Loader | RandomRows) -> int:
     """Size of the model's vocabulary: the user's, or the data's rounded up to 128 for the matrix units."""
     size, tp = cfg.model.vocab_size or -(-loader.vocab_size // 128) * 128, cfg.parallel.tp
     if size < loader.vocab_size:

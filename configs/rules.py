@@ -22,9 +22,14 @@ from configs.schema import (
 
 def check(cfg: Config, world: int) -> None:
     """Apply every rule to a run on `world` processes. Raises ConfigError with the first one that is broken."""
+    _check_paths(cfg)
+    check_sizes(cfg, world)
+
+
+def check_sizes(cfg: Config, world: int) -> None:
+    """Apply the rules that do not depend on where a run reads and writes."""
     _check_ranges(cfg)
     _check_profile(cfg.profile)
-    _check_paths(cfg)
     _check_model(cfg)
     if cfg.attention.kind is Kind.nsa:
         _check_nsa(cfg.attention)
@@ -71,7 +76,7 @@ def _check_ranges(cfg: Config) -> None:
         _require(_get(cfg, key) > 0, key, _get(cfg, key), "out of range", "give a number above 0")
     for key in ("optim.beta1", "optim.beta2"):
         _require(0 <= _get(cfg, key) < 1, key, _get(cfg, key), "out of range", "give a number from 0 to below 1")
-    for key in ("model.vocab_size", "attention.phi_hidden"):
+    for key in ("model.vocab_size", "attention.phi_hidden", "data.random"):
         value = _get(cfg, key)
         _require(value is None or value >= 1, key, value, "out of range", "give at least 1, or null")
 
@@ -84,6 +89,12 @@ def _check_profile(profile: Profile) -> None:
 
 def _check_paths(cfg: Config) -> None:
     data = cfg.data
+    _check_path(cfg, "run.dir", cfg.run.dir)
+    _require(scheme(cfg.run.dir) is None, "run.dir", cfg.run.dir, "not on this machine", "give a directory")
+    if data.random is not None:
+        given = next((key for key in ("path", "mix") if getattr(data, key) is not None), None)
+        _require(given is None, "data.random", data.random, f"given beside data.{given}", "give one of them")
+        return
     if data.mix is not None:  # omegaconf cannot put a typed dictionary where there was none
         weights = list(data.mix.values()) if isinstance(data.mix, dict) else []
         plain = bool(weights) and {type(w) for w in weights} <= {int, float}
@@ -96,12 +107,11 @@ def _check_paths(cfg: Config) -> None:
         )
         _require(data.path is None, "data.path", data.path, "given beside data.mix", "give one of them")
     else:
-        _require(data.path is not None, "data.path", data.path, "has no value", "give data.path=DIR, or data.mix")
+        fix = "give data.path=DIR, data.mix or data.random"
+        _require(data.path is not None, "data.path", data.path, "has no value", fix)
     for path, weight in sources(data).items():
         _require(0 < weight < math.inf, f"data.mix.{path}", weight, "no weight", "give a number above 0")
         _check_path(cfg, "data.mix" if data.mix else "data.path", str(path))
-    _check_path(cfg, "run.dir", cfg.run.dir)
-    _require(scheme(cfg.run.dir) is None, "run.dir", cfg.run.dir, "not on this machine", "give a directory")
 
 
 def _check_path(cfg: Config, key: str, value: str) -> None:
@@ -185,6 +195,10 @@ def _check_layout(cfg: Config, world: int) -> None:
     _require(
         p.pp == 1 or p.zero == 1, "parallel.zero", p.zero,
         f"DeepSpeed cannot pipeline (parallel.pp={p.pp}) with ZeRO 2 or 3", "give zero=1 or pp=1",
+    )  # fmt: skip
+    _require(
+        not p.compile or p.zero < 3, "parallel.compile", p.compile,
+        "the parameters of ZeRO 3 come and go while a compiled function runs", "give null, or zero=1 or 2",
     )  # fmt: skip
     _require(
         not p.sequence or (t.micro_batch * cfg.data.seq_len) % p.tp == 0, "data.seq_len", cfg.data.seq_len,

@@ -54,9 +54,10 @@ class Precision(Enum):
 
 
 class Recompute(Enum):
-    """What is computed again in backward instead of kept: nothing, or each block whole."""
+    """What is computed again in backward instead of kept: nothing, what follows attention in a block, or each block."""
 
     none = "none"
+    mlp = "mlp"
     full = "full"
 
 
@@ -146,6 +147,7 @@ class Parallel:
     zero: int = 1
     sequence: bool = False  # Megatron sequence parallelism: activations between the tp regions are split over tokens
     recompute: Recompute = Recompute.none
+    compile: Optional[bool] = None  # fuse what lies around attention (torch.compile); null: on a GPU, unless zero=3
     timeout: int = 600  # seconds until a collective that waits for a lost rank fails
 
 
@@ -155,6 +157,7 @@ class Data:
 
     path: Optional[str] = None  # a directory, or an http(s):// or s3:// address; or else:
     mix: Any = None  # several of them with weights, {DIR_A: 0.7, DIR_B: 0.3}; the colon of an address is written \:
+    random: Optional[int] = None  # or no data set, but random tokens below this number, one document a row
     seq_len: int = 1024
     long_documents: LongDocuments = LongDocuments.carry
     verify: bool = False  # compare each shard's whole hash when it is opened; pages are always checked at first use
@@ -199,6 +202,7 @@ class Checkpoint:
     """When to save and how many to keep."""
 
     every: int = 0  # steps; 0: only after the last one
+    last: bool = True  # also after the last step, or when the run is asked to stop
     keep: int = 2
 
 

@@ -19,6 +19,7 @@ import yaml
 from configs.errors import CheckpointError, ConfigError
 from configs.schema import Config, Kind
 from data.loader import Loader
+from data.synthetic import RandomRows
 from launch import runs
 from launch.runs import Measured
 from parallel import metrics
@@ -43,7 +44,9 @@ class Baseline:
             (directory / "calibration.json").write_text(json.dumps(self.record, indent=1))
 
 
-def find(cfg: Config, text: str, here: dict[str, Any], mesh: Mesh, vocab: int, rows: Callable[[], Loader]) -> Baseline:
+def find(
+    cfg: Config, text: str, here: dict[str, Any], mesh: Mesh, vocab: int, rows: Callable[[], Loader | RandomRows]
+) -> Baseline:
     """The best one for the run of this configuration, as an object and as YAML, in the environment `here`.
 
     `rows` opens a loader that stands at the first row. Collective. Raises ConfigError for a run.twin that is none.
@@ -89,7 +92,9 @@ def beside(cfg: Config, text: str, here: dict[str, Any]) -> Optional[Baseline]:
     return None
 
 
-def calibrate(cfg: Config, here: dict[str, Any], mesh: Mesh, vocab: int, rows: Callable[[], Loader]) -> Baseline:
+def calibrate(
+    cfg: Config, here: dict[str, Any], mesh: Mesh, vocab: int, rows: Callable[[], Loader | RandomRows]
+) -> Baseline:
     """Full attention on the run's first rows, in its layout, with weights that are thrown away. A restart in the same
     place takes what was measured before, from calibration.json. Raises ConfigError if it has no room. Collective.
     """

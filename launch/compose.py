@@ -26,7 +26,10 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MULTIRUN = {"-m", "--multirun"}
 
 
-def compose(world: int) -> Optional[str]:
+Rules = Callable[[Config, int], None]
+
+
+def compose(world: int, rules: Rules = check) -> Optional[str]:
     """The run that the command line asks for, checked for `world` processes, as YAML; None if Hydra only printed.
 
     Raises ConfigError for whatever is wrong with it.
@@ -35,7 +38,7 @@ def compose(world: int) -> Optional[str]:
         why, fix = "several processes start one run", "give -m to launch/local.sh or to python train.py"
         raise ConfigError("config", "--multirun", why, fix)
     texts: list[str] = []
-    _call_hydra(lambda raw: texts.append(_resolved(raw, world)))
+    _call_hydra(lambda raw: texts.append(_resolved(raw, world, rules)))
     return texts[0] if texts else None
 
 
@@ -86,7 +89,7 @@ def from_text(text: str) -> Config:
     return cfg
 
 
-def _resolved(raw: DictConfig, world: int) -> str:
+def _resolved(raw: DictConfig, world: int, rules: Rules = check) -> str:
     missing = sorted(OmegaConf.missing_keys(raw))
     if missing:
         raise ConfigError("config", missing[0], "has no value", f"give {missing[0]}=VALUE")
@@ -94,7 +97,7 @@ def _resolved(raw: DictConfig, world: int) -> str:
         raw.attention.kind, raw.run.dir = Kind.full, f"{raw.run.dir}-full"
     text = OmegaConf.to_yaml(raw, resolve=True)
     _check_secrets(text)
-    check(from_text(text), world)
+    rules(from_text(text), world)
     return text
 
 

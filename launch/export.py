@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from configs.errors import CheckpointError, exit_code
+from configs.errors import CheckpointError, DataError, exit_code
 from configs.schema import Config, Data, sources
 from data import tokenizer
 from data.shards import parse_manifest
@@ -36,6 +36,9 @@ def export(run: Path, output: Path) -> str:
     if output.exists():
         raise CheckpointError("output", output, "exists", "choose another directory")
     cfg = _config(run)
+    if cfg.data.random:
+        why = f"trained on random tokens (data.random={cfg.data.random}), which have no tokenizer"
+        raise DataError("run", run, why, "export a run on prepared data")
     path, state = checkpoint.newest(run)
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -32,18 +32,18 @@ class Documents:
         cu_seqlens = cu_seqlens.long()
         check_documents(cu_seqlens, int(cu_seqlens[-1]))
         positions = torch.arange(int(cu_seqlens[-1])) - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
-        return cls(cu_seqlens, _send(positions, device))
+        return cls(cu_seqlens, send(positions, device))
 
     def blocks(self, l: int, d: int) -> Blocks:
         """The blocks of l tokens, one every d, that lie whole in a document; the first layer that asks makes them."""
         if (l, d) not in self._blocks:
             cu_blocks, first, positions = reference.block_starts(self.cu_seqlens, l, d)
             ours = (first.int(), positions, torch.stack((self.cu_seqlens, cu_blocks)).int())
-            self._blocks[l, d] = Blocks(*(_send(x, self.positions.device) for x in ours))
+            self._blocks[l, d] = Blocks(*(send(x, self.positions.device) for x in ours))
         return self._blocks[l, d]
 
 
-def _send(x: Tensor, device: torch.device) -> Tensor:
+def send(x: Tensor, device: torch.device) -> Tensor:
     """A copy that the host does not wait for, which takes pinned memory."""
     return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
 

@@ -1,9 +1,8 @@
-"""The attention layer: column-parallel projections, full or sparse attention on local heads, row-parallel output.
+"""The attention layer: column-parallel projections of x [n or n/tp, dim], full or sparse attention on local heads,
+row-parallel output. Three steps, so that the two beside attention itself can be compiled.
 
 Heads are cut by KV head: a query group stays with its KV head, so attention itself needs no communication.
 """
-
-import itertools
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 
 
 class FullAttention(nn.Module):
-    """Causal softmax attention with grouped KV heads: x [n or n/tp, dim] -> the same shape."""
+    """Causal softmax attention with grouped KV heads, in three steps: project, attend, output."""
 
     def __init__(self, cfg: Config, tp: TensorParallel, rope: Rope):
         super().__init__()
@@ -31,31 +30,46 @@ class FullAttention(nn.Module):
         self.wv = ColumnLinear(m.dim, m.kv_heads * m.v_dim, tp)
         self.wo = RowLinear(m.heads * m.v_dim, m.dim, tp)
 
-    def forward(self, x: Tensor, documents: Documents) -> Tensor:
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries [n, heads/tp, qk_dim], keys [n, kv_heads/tp, qk_dim] and values [n, kv_heads/tp, v_dim]."""
         x = self.tp.enter(x)
-        q = self.rope(self.wq(x).unflatten(1, (-1, self.qk_dim)), documents.positions)  # [n, heads/tp, qk_dim]
-        k = self.rope(self.wk(x).unflatten(1, (-1, self.qk_dim)), documents.positions)  # [n, kv_heads/tp, qk_dim]
-        v = self.wv(x).unflatten(1, (-1, self.v_dim))  # [n, kv_heads/tp, v_dim]
-        return self.tp.leave(self.wo(causal_attention(q, k, v, documents.cu_seqlens).flatten(1)))
+        q, k = (w(x).unflatten(1, (-1, self.qk_dim)) for w in (self.wq, self.wk))
+        return q, k, self.wv(x).unflatten(1, (-1, self.v_dim))
+
+    def attend(self, projections: tuple[Tensor, ...], documents: Documents) -> Tensor:
+        """Attention of local heads, [n, heads/tp * v_dim]."""
+        q, k, v = projections
+        q, k = (self.rope(t, documents.positions) for t in (q, k))
+        return causal_attention(q, k, v, documents.cu_seqlens).flatten(1)
+
+    def output(self, o: Tensor) -> Tensor:
+        """[n, heads/tp * v_dim] -> [n or n/tp, dim]."""
+        return self.tp.leave(self.wo(o))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention within each document by torch's kernels: q [n, h, e], k [n, g, e], v [n, g, f] -> [n, h, f].
 
-    One call a document: the kernels that take no mask are the fast ones, and no work is spent across documents. cuDNN's
-    makes a plan for each new length, which takes longer than the attention, so that it only serves whole rows.
+    No mask: the kernels that take none are the fast ones, and no work is spent across documents. Documents of one
+    length, such as whole rows, are a batch; others take a call each. cuDNN's kernel makes a plan for each new length,
+    which takes longer than the attention, so that it only serves the former.
     """
-    out = []
-    documents = list(itertools.pairwise(cu_seqlens.tolist()))
-    with sdpa_kernel(ANY_LENGTH + [SDPBackend.CUDNN_ATTENTION] * (len(documents) == 1)):
-        for s, e in documents:
-            heads = (t[s:e].transpose(0, 1)[None] for t in (q, k, v))  # [1, heads, tokens, width]
-            out.append(F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
-    return torch.cat(out)
+    lengths = cu_seqlens.diff().tolist()
+    if len(set(lengths)) == 1:
+        return _attend(q, k, v, (len(lengths), lengths[0]), [SDPBackend.CUDNN_ATTENTION, *ANY_LENGTH])
+    parts = zip(lengths, *(t.split(lengths) for t in (q, k, v)))
+    return torch.cat([_attend(*qkv, (1, n), ANY_LENGTH) for n, *qkv in parts])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, batch: tuple[int, int], backends: list[SDPBackend]) -> Tensor:
+    """Of documents of one length, (how many, tokens), one after the other."""
+    heads = (t.unflatten(0, batch).transpose(1, 2) for t in (q, k, v))  # [documents, heads, tokens, width]
+    with sdpa_kernel(backends, set_priority=True):
+        return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
 
 
 class SparseAttention(nn.Module):
-    """Native sparse attention: x [n or n/tp, dim] -> the same shape.
+    """Native sparse attention, in three steps: project, attend, output.
 
     The columns of wk and wv run (KV head, branch, width) and those of the gate (head, branch), so that a cut by rows
     of the weight is a cut by head.
@@ -77,15 +91,24 @@ class SparseAttention(nn.Module):
         self.wo = RowLinear(m.heads * m.v_dim, m.dim, tp)
         self.core = NSACore(self.sizes, m.qk_dim, m.v_dim)
 
-    def forward(self, x: Tensor, documents: Documents) -> Tensor:
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries [n, heads/tp, qk_dim], keys, values [n, kv_heads/tp, pairs, width], gates [n, heads/tp, branches]."""
         x = self.tp.enter(x)
-        q = self.wq(x).unflatten(1, (-1, self.qk_dim))  # [n, heads/tp, qk_dim]
-        k = self.wk(x).unflatten(1, (-1, self.pairs, self.qk_dim)).unbind(2)  # pairs of [n, kv_heads/tp, qk_dim]
-        v = self.wv(x).unflatten(1, (-1, self.pairs, self.v_dim)).unbind(2)
+        q = self.wq(x).unflatten(1, (-1, self.qk_dim))
+        k = self.wk(x).unflatten(1, (-1, self.pairs, self.qk_dim))
+        v = self.wv(x).unflatten(1, (-1, self.pairs, self.v_dim))
+        return q, k, v, self.gate(x).unflatten(1, (-1, len(self.branches))).sigmoid()
+
+    def attend(self, projections: tuple[Tensor, ...], documents: Documents) -> Tensor:
+        """Attention of local heads, [n, heads/tp * v_dim]."""
+        q, k, v, gates = projections
+        k, v = k.unbind(2), v.unbind(2)
         kv = {name: (k[i % self.pairs], v[i % self.pairs]) for i, name in enumerate(self.branches)}
-        gates = self.gate(x).unflatten(1, (-1, len(self.branches))).sigmoid()  # [n, heads/tp, branches]
-        o = self.core(q, kv, gates, documents, self.rope, share=self.tp.share_inside)
-        return self.tp.leave(self.wo(o.flatten(1)))
+        return self.core(q, kv, gates, documents, self.rope, share=self.tp.share_inside).flatten(1)
+
+    def output(self, o: Tensor) -> Tensor:
+        """[n, heads/tp * v_dim] -> [n or n/tp, dim]."""
+        return self.tp.leave(self.wo(o))
 
 
 def build(cfg: Config, tp: TensorParallel, rope: Rope) -> nn.Module:

@@ -88,24 +88,30 @@ class _Scatter(torch.autograd.Function):
         return all_gather(grad, ctx.group), None
 
 
+@torch.compiler.disable
+def _apply(collective: type[torch.autograd.Function], x: Tensor, group: Group) -> Tensor:
+    """What is compiled ends before a collective and begins anew behind it."""
+    return collective.apply(x, group)
+
+
 def copy(x: Tensor, group: Group) -> Tensor:
     """Identity; the gradient is summed over the group."""
-    return x if group.size == 1 else _Copy.apply(x, group)
+    return x if group.size == 1 else _apply(_Copy, x, group)
 
 
 def reduce(x: Tensor, group: Group) -> Tensor:
     """Sum over the group; the gradient passes as it is."""
-    return x if group.size == 1 else _Reduce.apply(x, group)
+    return x if group.size == 1 else _apply(_Reduce, x, group)
 
 
 def gather(x: Tensor, group: Group) -> Tensor:
     """All-gather over dimension 0; the gradient is summed and scattered."""
-    return x if group.size == 1 else _Gather.apply(x, group)
+    return x if group.size == 1 else _apply(_Gather, x, group)
 
 
 def scatter(x: Tensor, group: Group) -> Tensor:
     """Sum over the group, this rank's part of dimension 0; the gradient is gathered."""
-    return x if group.size == 1 else _Scatter.apply(x, group)
+    return x if group.size == 1 else _apply(_Scatter, x, group)
 
 
 def host_sum(values: list[int], mesh: Mesh) -> list[int]:

@@ -5,6 +5,7 @@ engine with ZeRO 1 on several. Its configuration comes from ours; nobody writes 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any, Optional, Protocol
 
 import deepspeed
@@ -14,10 +15,11 @@ from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor
 
 from configs.schema import Config, Optim, Precision, micro_batches
+from nsa.documents import Documents, send
 from parallel import init, pieces
-from parallel.attention import Documents
+from parallel.compiler import compiler
 from parallel.guard import Guard
-from parallel.loss import vocab_parallel_cross_entropy
+from parallel.loss import CrossEntropy
 from parallel.mesh import Mesh
 from parallel.norms import parameter_norms
 from parallel.pipeline import PARTS, Pipeline
@@ -43,8 +45,8 @@ class MicroBatch:
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> "MicroBatch":
-        """Copy to the device."""
-        tokens, labels = (x.flatten().to(device).long() for x in (batch.tokens, batch.labels))
+        """Copy to the device, without waiting for it."""
+        tokens, labels = (send(x.flatten(), device).long() for x in (batch.tokens, batch.labels))
         return cls(tokens, labels, Documents.of(batch.cu_seqlens, device))
 
 
@@ -58,13 +60,15 @@ class Engine:
         self.mesh = mesh
         self.zero = cfg.parallel.zero
         self.gas = micro_batches(cfg, mesh.world)
-        module = Pipeline(cfg, vocab, mesh) if mesh.pp.size > 1 else Transformer(cfg, vocab, mesh)
+        self.loss_of = CrossEntropy(mesh.tp, compiler(cfg.parallel, mesh.device))
+        pipelined = mesh.pp.size > 1
+        module = Pipeline(cfg, vocab, mesh, self.loss_of) if pipelined else Transformer(cfg, vocab, mesh)
         init.initialize(module, cfg.model, cfg.seed, mesh.tp)
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer(module, cfg.optim, mesh.device),
             config=deepspeed_config(cfg, mesh),
-            mpu=None if mesh.pp.size > 1 else _Mpu(mesh),
+            mpu=None if pipelined else _Mpu(mesh),
         )
         self.stopwatch = Stopwatch(mesh.device)
         self._time_parts()
@@ -72,6 +76,8 @@ class Engine:
         self.norms: dict[str, dict[str, float]] = {}  # of the last step that could have been the guard's last
         self.accepted: Optional[bool] = None  # by the guard, in this step; None: not asked yet
         self.deepspeed.optimizer.optimizer.register_step_pre_hook(self._before_update)
+        if cfg.train.precision is Precision.bf16 and hasattr(self.deepspeed.optimizer, "_update_hp_grad"):
+            self.deepspeed.optimizer._update_hp_grad = MethodType(_accumulate, self.deepspeed.optimizer)
         self._update = self.deepspeed.optimizer.step
         self.deepspeed.optimizer.step = self._watched_update
 
@@ -88,7 +94,7 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         micro = [MicroBatch.of(b, self.mesh.device) for b in batches]
-        scale = torch.tensor(self.gas * self.mesh.dp.size / max(targets, 1), device=self.mesh.device)
+        scale = torch.full((), self.gas * self.mesh.dp.size / max(targets, 1), device=self.mesh.device)
         run = self._train_pipeline if self.mesh.pp.size > 1 else self._train_plain
         loss = run(micro, scale)
         # Where DeepSpeed itself left the update out, as a gradient is no number, its norm may be an earlier step's.
@@ -100,7 +106,7 @@ class Engine:
     def eval_step(self, batches: Iterable[Batch], targets: int) -> Tensor:
         """Mean loss over the `targets` labels of a global batch, without learning from it."""
         micro = [MicroBatch.of(b, self.mesh.device) for b in batches]
-        scale = torch.tensor(len(micro) * self.mesh.dp.size / max(targets, 1), device=self.mesh.device)
+        scale = torch.full((), len(micro) * self.mesh.dp.size / max(targets, 1), device=self.mesh.device)
         run = self._eval_pipeline if self.mesh.pp.size > 1 else self._eval_plain
         return run(micro, scale)
 
@@ -217,7 +223,7 @@ class Engine:
 
     def _loss(self, batch: MicroBatch, scale: Tensor) -> Tensor:
         logits = self.deepspeed(batch.tokens, batch.documents)
-        return vocab_parallel_cross_entropy(logits, batch.labels, self.mesh.tp) * scale
+        return self.loss_of(logits, batch.labels) * scale
 
     def _mean(self, total: Tensor, count: int) -> Tensor:
         """Mean over `count` micro-batches and the data-parallel ranks."""
@@ -233,6 +239,18 @@ class Engine:
         self.deepspeed.module.documents = iter([b.documents for b in micro])
         data = iter([(b.tokens, (b.labels, scale)) for b in micro])
         return self.deepspeed.eval_batch(data, num_micro_batches=len(micro)).squeeze()
+
+
+def _accumulate(self: Any, lp: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
+    """BF16_Optimizer._update_hp_grad without the fp32 copy of the gradient, which took longer than the sum."""
+    if lp.grad is None:
+        return
+    total = self.fp32_groups_gradients[group][index]
+    total.add_(lp.grad.view(total.shape))
+    lp._hp_grad = total
+    self.fp32_groups_has_gradients[group][index] = True
+    if clear_lp_grads:
+        lp.grad.zero_()
 
 
 def optimizer(module: torch.nn.Module, cfg: Optim, device: torch.device) -> torch.optim.Optimizer:
@@ -251,6 +269,7 @@ def deepspeed_config(cfg: Config, mesh: Mesh) -> dict[str, Any]:
         "gradient_accumulation_steps": micro_batches(cfg, mesh.world),
         "gradient_clipping": cfg.optim.clip,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
         "zero_optimization": {
             "stage": cfg.parallel.zero,
             "overlap_comm": False,

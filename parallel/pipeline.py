@@ -12,7 +12,7 @@ from torch import Tensor
 
 from configs.schema import Config
 from parallel.attention import Documents
-from parallel.loss import vocab_parallel_cross_entropy
+from parallel.loss import CrossEntropy
 from parallel.mesh import Mesh
 from parallel.transformer import layers
 
@@ -35,13 +35,13 @@ class Pipeline(PipelineModule):
     """This rank's stage. Each forward pass takes the next of `documents`: stages pass on one tensor only, so each stage
     reads the boundaries of its micro-batches from its own loader, whose order is the same on all of them."""
 
-    def __init__(self, cfg: Config, vocab: int, mesh: Mesh):
+    def __init__(self, cfg: Config, vocab: int, mesh: Mesh, loss: CrossEntropy):
         self.documents: Iterator[Documents] = iter(())
         with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints
             super().__init__(
                 [LayerSpec(cls, *args) for cls, args in layers(cfg, vocab, mesh)],
                 topology=PipeModelDataParallelTopology(mesh.pp.size, mesh.tp.size, mesh.dp.size),
-                loss_fn=_loss(mesh),
+                loss_fn=lambda logits, labels_scale: loss(logits, labels_scale[0]) * labels_scale[1],
                 partition_method="type:^Block$",
             )
 
@@ -50,11 +50,3 @@ class Pipeline(PipelineModule):
         for layer in self.forward_funcs:
             x = layer(x, documents)
         return x
-
-
-def _loss(mesh: Mesh):
-    def loss(logits: Tensor, labels_scale: tuple[Tensor, Tensor]) -> Tensor:
-        labels, scale = labels_scale
-        return vocab_parallel_cross_entropy(logits, labels, mesh.tp) * scale
-
-    return loss

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from parallel.attention import Documents
 from parallel.comm import host_gather
-from parallel.loss import IGNORE, token_losses
+from parallel.loss import IGNORE, CrossEntropy
 from parallel.mesh import Mesh
 from parallel.transformer import Head
 
@@ -15,8 +15,8 @@ BUCKETS = 6  # [0, s/32), [s/32, s/16), ... [s/2, s) of rows of s tokens
 class LossByPosition:
     """Listens to the last layer of `module`, if this rank has it, from now until `read`."""
 
-    def __init__(self, module: nn.Module, mesh: Mesh, seq_len: int):
-        self.mesh = mesh
+    def __init__(self, module: nn.Module, loss: CrossEntropy, mesh: Mesh, seq_len: int):
+        self.mesh, self.loss = mesh, loss
         self.edges = torch.tensor([0, *(seq_len >> k for k in range(BUCKETS - 1, 0, -1))], device=mesh.device).unique()
         self.sums = torch.zeros(2, len(self.edges), dtype=torch.float64, device=mesh.device)  # losses, labels
         self.labels: list[Tensor] = []
@@ -30,7 +30,7 @@ class LossByPosition:
     @torch.no_grad()
     def _count(self, head: nn.Module, given: tuple[Tensor, Documents], logits: Tensor) -> None:
         labels = self.labels.pop(0).flatten().to(logits.device).long()
-        losses = token_losses(logits, labels, self.mesh.tp)
+        losses = self.loss.tokens(logits, labels)
         bucket = torch.bucketize(given[1].positions, self.edges, right=True) - 1
         self.sums[0].index_add_(0, bucket, losses.double())
         self.sums[1].index_add_(0, bucket, (labels != IGNORE).double())

@@ -1,5 +1,7 @@
 """Rotary position embedding (arXiv 2104.09864), in fp32, on the two halves of a head."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,13 +12,18 @@ class Rope:
     It is no module on purpose: a buffer would be cast to bf16 with the model, and bf16 holds no position above 256.
     """
 
-    def __init__(self, dim: int, length: int, theta: float, device: torch.device):
+    def __init__(self, dim: int, length: int, theta: float, device: torch.device, compiled: Callable = lambda f: f):
         frequency = theta ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
         angle = torch.arange(length, device=device, dtype=torch.float64)[:, None] * frequency  # [length, dim/2]
         self.cos, self.sin = angle.cos().float(), angle.sin().float()
+        self.turn = compiled(_turn)
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turn x [n, heads, dim] by the angles of positions [n]; the dtype stays."""
-        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # [n, 1, dim/2]
-        a, b = x.float().chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+        return self.turn(x, self.cos, self.sin, positions)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    cos, sin = cos[positions][:, None], sin[positions][:, None]  # [n, 1, dim/2]
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

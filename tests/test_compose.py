@@ -41,7 +41,17 @@ def test_layouts(monkeypatch, layout):
 
 @pytest.mark.parametrize("experiment", names("experiment"))
 def test_experiments(monkeypatch, experiment):
-    assert from_text(composed(monkeypatch, *NEEDED, f"experiment={experiment}")).experiment == experiment
+    needed = NEEDED if experiment != "bench_1b" else []
+    assert from_text(composed(monkeypatch, *needed, f"experiment={experiment}")).experiment == experiment
+
+
+def test_the_yardstick_takes_overrides_of_its_groups(monkeypatch):
+    full = from_text(composed(monkeypatch, "experiment=bench_1b"))
+    assert (full.attention.kind, full.model.kv_heads, full.model.layers, full.data.random) == (Kind.full, 8, 16, 50304)
+    assert full.train.global_batch * full.data.seq_len == 65536
+    real = ["data=default", "data.path=tokens", "data.seq_len=8192"]
+    nsa = from_text(composed(monkeypatch, "experiment=bench_1b", "attention=nsa", "model.kv_heads=2", *real))
+    assert (nsa.attention.kind, nsa.model.kv_heads, nsa.data.random, nsa.data.path) == (Kind.nsa, 2, None, "tokens")
 
 
 def test_the_papers_shape(monkeypatch):

@@ -14,6 +14,8 @@ BROKEN = [  # changes, processes, what the message must say
     (dict(optim__beta2=1.0), 1, ["optim.beta2=1.0", "below 1"]),
     (dict(model__vocab_size=0), 1, ["model.vocab_size=0", "null"]),
     (dict(data__path=" "), 1, ["data.path", "directory"]),
+    (dict(data__random=100), 1, ["data.random=100", "beside data.path"]),
+    (dict(data__random=0, data__path=None), 1, ["data.random=0", "at least 1"]),
     (dict(run__dir="runs/lr=1"), 1, ["run.dir=runs/lr=1", "without '='"]),
     (dict(run__dir="./unused"), 1, ["run.dir", "is also data.path"]),
     (dict(model__kv_heads=3), 1, ["model.heads=8", "model.kv_heads=3"]),

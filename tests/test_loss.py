@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from parallel import mesh
-from parallel.loss import IGNORE, vocab_parallel_cross_entropy
+from parallel.loss import IGNORE, CrossEntropy
 from tests import ranks
 
 N, VOCAB = 9, 24
@@ -23,7 +23,7 @@ def body(scale: float) -> tuple[float, torch.Tensor]:
     group = mesh.build(torch.distributed.get_world_size(), 1).tp
     logits, labels = case(scale)
     mine = logits.chunk(group.size, dim=1)[group.rank].clone().requires_grad_()
-    loss = vocab_parallel_cross_entropy(mine, labels, group)
+    loss = CrossEntropy(group)(mine, labels)
     (loss * 0.5).backward()
     return loss.item(), mine.grad
 
@@ -43,7 +43,7 @@ def test_equals_torch(world, scale):
 def no_labels() -> tuple[float, float]:
     group = mesh.build(1, 1).tp
     logits = case(1.0)[0].requires_grad_()
-    loss = vocab_parallel_cross_entropy(logits, torch.full((N,), IGNORE), group)
+    loss = CrossEntropy(group)(logits, torch.full((N,), IGNORE))
     loss.backward()
     return loss.item(), logits.grad.abs().max().item()
 

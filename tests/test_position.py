@@ -11,7 +11,7 @@ from tests.test_checkpoint import build
 def evaluated(cfg: Config) -> tuple[dict[str, float], float, list[float]]:
     """By position, the mean loss, and how many labels each of the buckets has on this rank's rows."""
     place, loader, engine = build(cfg)
-    watch = LossByPosition(engine.deepspeed.module, place, cfg.data.seq_len)
+    watch = LossByPosition(engine.deepspeed.module, engine.loss_of, place, cfg.data.seq_len)
     total = 0.0
     for _ in range(2):
         batches = loader.next_step()

@@ -291,3 +291,15 @@ def test_progress_is_printed_all_the_while(corpus, tmp_path):
     assert process.wait(60) == 0
     assert len(seen) == 5
     assert seen[-1][0] > seen[0][0]
+
+
+def test_a_run_on_random_tokens_needs_no_data_and_saves_if_asked(tmp_path):
+    run, options = tmp_path / "run", [o for o in SMALL if "data" not in o]
+    start = [sys.executable, str(ROOT / "train.py"), *options, f"run.dir={run}", "data.random=500", "data.seq_len=128"]
+    for more, code in [(["train.steps=2", "checkpoint.last=false"], 0), (["train.steps=4"], 0), (["seed=1"], 65)]:
+        done = subprocess.run([*start, *more], capture_output=True, text=True, timeout=240, cwd=tmp_path, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 1, 2, 3, 4], "the first run saved nothing to continue"
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    assert "data.random" in errors(done)[0]

@@ -1,0 +1,80 @@
+"""Bytes of NSA's kernels: what they keep of a layer for backward, and what they hold only while they run.
+
+Nothing here imports torch or triton, so that a plan can be made on any machine. The sizes below are the kernels' own
+(nsa/score.py, nsa/picked.py); a test compares them.
+"""
+
+from dataclasses import dataclass
+
+from configs.schema import Attention, Branch, Compression
+
+SCORE_BYTES = 2**28
+CHUNK, BACK_CHUNK, BACK_RUN = 4096, 8192, 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the local heads of one layer in one micro-batch."""
+
+    tokens: int
+    blocks: int  # compression blocks of all its documents
+    heads: int
+    kv_heads: int
+    qk_dim: int
+    v_dim: int
+    width: int  # bytes of an element
+
+
+def kept(s: Shape, a: Attention) -> dict[str, int]:
+    """By kind, from the projections to the outputs of the branches; not the input of the layer, nor the gated sum, nor
+    the angles of RoPE."""
+    branches, rotated = set(a.branches), [b for b in (Branch.slc, Branch.win) if b in a.branches]
+    pairs = 1 if a.shared_kv else len(a.branches)
+    row = s.width * s.tokens
+    compressed = s.width * s.blocks * s.kv_heads if branches & {Branch.cmp, Branch.slc} else 0
+    keys = row * s.kv_heads * s.qk_dim * (pairs * (compressed > 0) + len(rotated))
+    values = row * s.kv_heads * s.v_dim * pairs
+    mlp = Branch.cmp in branches and a.compression is Compression.mlp
+    hidden = sum(a.phi_hidden or width for width in (s.qk_dim, s.v_dim)) if mlp else 0
+    means = [] if mlp or not compressed else [s.qk_dim] + [s.v_dim] * (Branch.cmp in branches)
+    blocks = s.qk_dim + s.v_dim * (Branch.cmp in branches) + 2 * hidden  # before and after the GELU
+    picks = 4 * s.tokens * s.kv_heads * (a.n - a.local) * (Branch.slc in branches)
+    return {
+        "queries": row * s.heads * s.qk_dim,
+        "keys and values": keys + values,
+        "compressed blocks": compressed * blocks + s.width * a.l * sum(e * e for e in means),
+        "gates": row * s.heads * len(branches),
+        "outputs of branches": (row * s.heads * s.v_dim + 4 * s.tokens * s.heads) * len(branches),
+        "chosen blocks": picks,
+    }
+
+
+def backward(s: Shape, a: Attention) -> int:
+    """The most that backward holds at a time beyond what was kept, its own gradients included."""
+    row, statistics = s.width * s.tokens, 2 * 4 * s.tokens * s.heads * len(a.branches)
+    queries = row * (s.heads * (s.qk_dim + s.v_dim) + s.heads * len(a.branches))  # of q, of the output, of the gates
+    both = s.qk_dim + s.v_dim
+    keys = row * s.kv_heads * both * len(a.branches)
+    split = 4 * s.blocks * s.heads * both * (Branch.cmp in a.branches)  # each head of a group has its own sum
+    return statistics + queries + keys + max(split, _chosen(s, a))
+
+
+def _chosen(s: Shape, a: Attention) -> int:
+    """Of the gradients of chosen blocks: parts of a chunk of queries, sums in fp32, the pairs in order."""
+    picks = (a.n - a.local) * (Branch.slc in a.branches)
+    size, both = min(BACK_CHUNK, s.tokens), s.qk_dim + s.v_dim
+    slots = -(-size * picks // BACK_RUN) + s.tokens // a.l_slc
+    parts = s.width * size * picks * s.heads * s.qk_dim + 4 * s.kv_heads * slots * a.l_slc * both
+    pairs = (4 + 4 + 8 + 4) * s.tokens * s.kv_heads * picks  # keys, sorted keys, places as int64 and int32
+    return parts + pairs + 4 * s.tokens * s.kv_heads * both if picks else 0
+
+
+def forward(s: Shape, a: Attention) -> int:
+    """The most that forward holds at a time beyond what it keeps."""
+    picks = (a.n - a.local) * (Branch.slc in a.branches)
+    if not picks:
+        return 0
+    scores = min(SCORE_BYTES, 4 * s.kv_heads * s.tokens * (s.tokens // a.l_slc))
+    parts = min(CHUNK, s.tokens) * picks * s.heads * (s.width * s.v_dim + 4)
+    pairs = (4 + 4 + 8 + 4) * s.tokens * s.kv_heads * picks
+    return max(scores, parts + pairs)
