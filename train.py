@@ -6,7 +6,6 @@ Exit codes are in configs/errors.py.
 
 import os
 import sys
-import uuid
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -21,7 +20,7 @@ from configs.schema import Config, OnBadShard, sources
 from data.loader import Batch, Loader
 from data.store import Limits
 from data.synthetic import RandomRows
-from launch import hang, memory, rollbacks, sweep
+from launch import baseline, hang, memory, rollbacks, sweep
 from launch.clock import Clock, deadline
 from launch.compose import compose, from_text, is_multirun
 from launch.log import RunLog
@@ -43,7 +42,8 @@ def train_step(run: "Run") -> "Step":
     """One optimizer step: the next rows of every rank, forward and backward over its micro-batches, one update."""
     if run.log:
         run.log.position(run.step, run.loader)
-    batches, totals = next_batches(run, run.loader)
+    with run.meter.waiting():
+        batches, totals = next_batches(run, run.loader)
     lr = learning_rate(run.step, run.cfg.train.steps, run.cfg.optim)
     loss, norm = run.engine.train_step(batches, totals.targets, lr, run.guard)
     run.step += 1
@@ -60,6 +60,8 @@ def train(run: "Run") -> tuple[int, str]:
     while run.step < cfg.train.steps and stop is None:
         looks = due(run.step + 1, cfg.train.health_every)
         watch = health.Watch(run.engine.deepspeed.module, cfg.attention) if looks else None
+        if due(run.step + 1, cfg.train.log_every):
+            run.engine.stopwatch.watch()
         run.clock.enter("step", run.step + 1)
         trace.before(run.step + 1)
         step = train_step(run)
@@ -203,7 +205,7 @@ def write_step(run: Run, step: Step) -> None:
         values |= {"lr": step.lr, "batch": run.loader.batch, "padding": run.padding, "rows_skipped": run.loader.skipped}
         values |= {"updates_skipped": run.guard.skipped, "loss_spikes": run.guard.spikes}
         values["goodput"] = run.clock.goodput()
-        run.log.step({**values, **measured})
+        run.log.step({**values, **measured, **run.engine.stopwatch.read()})
 
 
 def write_skipped(run: Run, step: Step) -> None:
@@ -258,6 +260,8 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     held_out = together(lambda: open_loader(cfg, place, "val", val), place) if val else None
     vocab = vocabulary(cfg, loader)
     found = checkpoint.find(Path(cfg.run.dir), place, cfg.resume, describe(cfg, place, vocab))
+    here = environment(place, loader.fingerprint)
+    full = baseline.find(cfg, text, here, place, vocab, lambda: open_loader(cfg, place, "train", sources(cfg.data)))
     with memory.explained(place):
         engine = Engine(cfg, vocab, place)
     run = Run(
@@ -268,11 +272,10 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         loader,
         held_out,
         engine,
-        Meter(cfg, place),
+        Meter(cfg, place, full),
         Guard(cfg.guard, cfg.train.steps),
         clock,
     )
-    run.wandb_id = uuid.uuid4().hex[:12]
     run.rollbacks = agree(place, lambda: rollbacks.read(Path(cfg.run.dir)))
     loader.skip += [tuple(r["batches"]) for r in run.rollbacks]
     if found:
@@ -281,9 +284,13 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         checkpoint.begin(Path(cfg.train.start_from), run.engine, place, describe(cfg, place, vocab))
     run.saver = Saver(Path(cfg.run.dir), run.engine, place, cfg.checkpoint, lambda figures: log_save(run, figures))
     if place.rank == 0:
-        run.log = RunLog(cfg, text, environment(place, loader.fingerprint), run.wandb_id)
+        run.log = RunLog(cfg, text, here, run.wandb_id)
+        run.wandb_id = run.log.wandb_id
         run.clock.begin(Path(cfg.run.dir))
         run.log.say(f"continues {found[0]}" if found else f"starts {cfg.run.dir}")
+        full.keep(Path(cfg.run.dir))
+        if full.source:
+            run.log.say(f"full attention has {full.tokens_per_s:,.0f} tokens/s ({full.source})")
     code, reason = RunError.code, "internal error"
     try:
         with memory.explained(place):

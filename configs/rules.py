@@ -57,7 +57,7 @@ _AT_LEAST_ONE = """
 _AT_LEAST_ZERO = """
     train.health_every
     attention.initial optim.lr optim.min_lr optim.warmup optim.weight_decay
-    train.steps train.eval_every checkpoint.every seed data.read_ahead guard.share guard.rollbacks
+    train.steps train.eval_every checkpoint.every seed data.read_ahead guard.share guard.rollbacks run.calibrate
 """.split()
 _ABOVE_ZERO = """
     model.rope_theta model.norm_eps model.init_std optim.eps optim.clip

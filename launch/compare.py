@@ -8,13 +8,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Optional
 
 from rich.console import Console
 from rich.table import Table
 
 from configs.errors import CheckpointError, ConfigError, exit_code
-from launch.runs import Measured, find, read
+from launch.runs import Measured, differences, find, read
 
 COLUMNS = {  # heading: how to show it
     "attention": lambda r: r.config["attention"]["kind"],
@@ -27,6 +28,7 @@ COLUMNS = {  # heading: how to show it
     "step": lambda r: _show(r.settled("step_s"), "{:.3f} s"),
     "model TFLOP/s": lambda r: _show(r.settled("model_tflops"), "{:.3g}"),
     "MFU": lambda r: _show(r.settled("mfu"), "{:.1%}"),
+    "data wait": lambda r: _show(r.settled("data_wait_s"), "{:.3f} s"),
     "memory": lambda r: f"{r.memory:.2f} GiB",
 }
 TITLE = "speeds: median of the later half of the steps, per run; TFLOP/s per device; memory of rank 0"
@@ -45,6 +47,34 @@ def table(runs: list[Measured]) -> Table:
     for run in runs:
         out.add_row(run.name, *(show(run) for show in COLUMNS.values()))
     return out
+
+
+def sparsity(runs: list[Measured]) -> Optional[Table]:
+    """One row a sparse run: its last measurement of each kind, mean of the layers."""
+    found = {r.name: {key: values[-1][1] for key, values in r.sparsity().items()} for r in runs if r.health}
+    if not found:
+        return None
+    out = Table("run", title="sparsity at the last measurement, mean of the layers")
+    kinds = list(dict.fromkeys(kind for kinds in found.values() for kind in kinds))
+    for kind in kinds:
+        out.add_column(kind.replace("_", " "), justify="right")
+    for name, seen in found.items():
+        out.add_row(name, *(_show(fmean(seen[kind]) if kind in seen else None, "{:.3f}") for kind in kinds))
+    return out
+
+
+def changes(runs: list[Measured]) -> Optional[Table]:
+    """One row an option in which the configurations differ, one column a run."""
+    rows = differences([{k: v for k, v in r.config.items() if k not in NO_OPTION} for r in runs])
+    if not rows:
+        return None
+    out = Table("option", *(r.name for r in runs), title="configurations where they differ")
+    for key, values in rows.items():
+        out.add_row(key, *map(str, values))
+    return out
+
+
+NO_OPTION = ("run", "wandb", "experiment")  # they name a run and change nothing in it
 
 
 ALIKE = {  # what must agree for a comparison of like with like
@@ -80,16 +110,22 @@ def speedup(run: Measured, full: Measured) -> float:
 def ratios(runs: list[Measured]) -> list[str]:
     """Each sparse run against its full-attention baseline, in words, with where both were measured."""
     out = []
-    for run in (r for r in runs if not r.is_full):
+    for run in sorted((r for r in runs if not r.is_full), key=lambda r: r.context):
         context, full = f"at {run.context} tokens of context", baseline(run, runs)
         if full is None:
-            out.append(f"{run.name}: no full-attention run {context} among these, so no speed-up")
+            out.append(f"{run.name}: no full-attention run {context} among these, so no speed-up{_logged(run)}")
             continue
         saving = _show(run.settled("flop_saving"), "full attention needs {:.2f}x its model FLOPs by formula; ")
         speed = f"{speedup(run, full):.2f}x its tokens/s, measured on {where(run, full)}"
         loss = f"training loss {run.loss - full.loss:+.4f}"
         out.append(f"{run.name} against {full.name} {context}: {speed};\n  {saving}{loss}")
     return out
+
+
+def _logged(run: Measured) -> str:
+    """The speed-up that a run has logged itself, with what it is against."""
+    speedup = run.settled("speedup_vs_full")
+    return f"; {speedup:.2f}x by its own log, against {run.steps[-1]['speedup_from']}" if speedup else ""
 
 
 def where(run: Measured, full: Measured) -> str:
@@ -134,6 +170,8 @@ def compare(directories: list[str], output: Path) -> None:
     runs = [read(path) for directory in directories for path in find(directory)]
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table(runs))
+    for more in filter(None, (sparsity(runs), changes(runs))):
+        console.print(more)
     for line in [*ratios(runs), *warnings(runs)]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     output.parent.mkdir(parents=True, exist_ok=True)

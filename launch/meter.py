@@ -1,10 +1,10 @@
 """Throughput of a run with the accounting that goes with it, and where it was measured."""
 
-import json
 import platform
-import statistics
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any, Optional
 
 import torch
 
-from configs.errors import ConfigError
 from configs.schema import Config
+from launch.baseline import Baseline
 from parallel import metrics
 from parallel.mesh import Mesh
 
@@ -21,14 +21,20 @@ from parallel.mesh import Mesh
 class Meter:
     """Time, tokens and FLOPs of the steps between two log lines; evaluation and saving are not counted."""
 
-    def __init__(self, cfg: Config, mesh: Mesh):
-        self.cfg, self.mesh = cfg, mesh
+    def __init__(self, cfg: Config, mesh: Mesh, baseline: Baseline):
+        self.cfg, self.mesh, self.baseline = cfg, mesh, baseline
         self.peak = metrics.device_peak(device_name(mesh.device))
-        self.full_tokens_per_s, self.source = twin_speed(cfg.run.twin)
 
     def restart(self) -> None:
         """Begin a new interval now."""
-        self.start, self.steps, self.flops, self.dense = time.perf_counter(), 0, 0, 0
+        self.start, self.steps, self.flops, self.dense, self.waited = time.perf_counter(), 0, 0, 0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, this rank has nothing to do until the rows of all ranks are there."""
+        begin = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begin
 
     def pause(self) -> None:
         """Something that is not training begins; `resume` ends it."""
@@ -49,9 +55,10 @@ class Meter:
         seconds = time.perf_counter() - self.start
         tokens = self.steps * self.cfg.train.global_batch * self.cfg.data.seq_len
         speed = metrics.throughput(
-            self.flops, self.dense, tokens, seconds, self.mesh.world, self.peak, self.full_tokens_per_s
+            self.flops, self.dense, tokens, seconds, self.mesh.world, self.peak, self.baseline.tokens_per_s
         )
-        out = {"step_s": seconds / self.steps, **speed, "speedup_from": self.source}
+        out = {"step_s": seconds / self.steps, "data_wait_s": self.waited / self.steps}
+        out |= {**speed, "speedup_from": self.baseline.source}
         out["mem_gib"] = metrics.memory_gib(self.mesh.device)
         self.restart()
         return out
@@ -93,18 +100,3 @@ def _version(package: str) -> Optional[str]:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def twin_speed(twin: Optional[str]) -> tuple[Optional[float], Optional[str]]:
-    """Tokens/s of the full-attention twin (median of the later half of its steps) and where they were measured."""
-    if twin is None:
-        return None, None
-    try:
-        lines = Path(twin, "metrics.jsonl").read_text().splitlines()
-        speeds = [m["tokens_per_s"] for m in map(json.loads, lines) if "tokens_per_s" in m]
-        where = json.loads(Path(twin, "environment.json").read_text())
-        median = statistics.median(speeds[len(speeds) // 2 :])
-    except (OSError, ValueError) as e:
-        why = f"no measured twin there ({type(e).__name__} {e})"
-        raise ConfigError("config", f"run.twin={twin}", why, "train it first, or give run.twin=null") from e
-    return median, f"{twin} on {where['world']} x {where['device']}"

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 
 from launch.compare import COLUMNS, TITLE, baseline, ratios, speedup, warnings, where
-from launch.runs import Measured
+from launch.runs import Measured, differences, flat_rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -39,7 +39,7 @@ def page(runs: list[Measured]) -> str:
     parts += [f'<p class="warning">{escape(line)}</p>' for line in warnings(runs)]
     parts += ['<div class="charts">', *charts(runs), "</div>"]
     parts += ["<h2>Configurations where they differ</h2>", _across(runs, differences([r.config for r in runs]))]
-    parts += ["<h2>Measured where</h2>", _across(runs, _flat_rows([r.environment for r in runs]))]
+    parts += ["<h2>Measured where</h2>", _across(runs, flat_rows([r.environment for r in runs]))]
     return "\n".join([*parts, "</body></html>\n"])
 
 
@@ -57,25 +57,6 @@ def _table(head: list[str], rows: Iterable[list[Any]]) -> str:
 def _across(runs: list[Measured], rows: dict[str, list[Any]]) -> str:
     """A row for each key, a column for each run."""
     return _table(["", *(r.name for r in runs)], ([key, *values] for key, values in rows.items()))
-
-
-def differences(configs: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Dotted key: its value in each configuration ("-" where it is absent), for keys that differ."""
-    return {key: values for key, values in _flat_rows(configs).items() if any(v != values[0] for v in values)}
-
-
-def _flat_rows(nodes: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    flat = [dict(_leaves(node)) for node in nodes]
-    keys = dict.fromkeys(key for leaves in flat for key in leaves)
-    return {key: [leaves.get(key, "-") for leaves in flat] for key in keys}
-
-
-def _leaves(node: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def charts(runs: list[Measured]) -> list[str]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -108,3 +109,23 @@ def _lines(text: str) -> list[dict[str, Any]]:
     if lines and not text.endswith("\n"):
         lines.pop()
     return [json.loads(line) for line in lines]
+
+
+def differences(configs: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Dotted key: its value in each configuration ("-" where it is absent), for keys that differ."""
+    return {key: values for key, values in flat_rows(configs).items() if any(v != values[0] for v in values)}
+
+
+def flat_rows(nodes: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Dotted key: its value in each node, "-" where it is absent."""
+    flat = [dict(_leaves(node)) for node in nodes]
+    keys = dict.fromkeys(key for leaves in flat for key in leaves)
+    return {key: [leaves.get(key, "-") for leaves in flat] for key in keys}
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -11,6 +11,7 @@ from typing import Any, Optional, Protocol
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor
 
 from configs.schema import Config, Optim, Precision, micro_batches
@@ -22,7 +23,8 @@ from parallel.host import HostMemory
 from parallel.loss import CrossEntropy
 from parallel.mesh import Mesh
 from parallel.norms import parameter_norms
-from parallel.pipeline import Pipeline
+from parallel.pipeline import PARTS, Pipeline
+from parallel.stopwatch import OTHER, Stopwatch
 from parallel.transformer import Transformer
 
 
@@ -69,6 +71,8 @@ class Engine:
             config=deepspeed_config(cfg, mesh),
             mpu=None if pipelined else _Mpu(mesh),
         )
+        self.stopwatch = Stopwatch(mesh.device)
+        self._time_parts()
         self.guard: Optional[Guard] = None
         self.norms: dict[str, dict[str, float]] = {}  # of the last step that could have been the guard's last
         self.accepted: Optional[bool] = None  # by the guard, in this step; None: not asked yet
@@ -106,6 +110,18 @@ class Engine:
         scale = torch.full((), len(micro) * self.mesh.dp.size / max(targets, 1), device=self.mesh.device)
         run = self._eval_pipeline if self.mesh.pp.size > 1 else self._eval_plain
         return run(micro, scale)
+
+    def close(self) -> None:
+        """Give back what belongs to the model and its optimizer. Nothing can be done with this engine after it."""
+        engine = self.deepspeed
+        engine.destroy()
+        parameter_offload.FWD_MODULE_STACK.clear()  # under ZeRO 3 it holds the last model that ran
+        # Hooks of parameters and outputs hold DeepSpeed's objects, which hold those: cycles that Python does not see.
+        for p in engine.module.parameters():
+            p.grad, p.data = None, p.data.new_empty(0)
+            vars(p).clear()
+        for part in (engine.optimizer, engine, self):
+            vars(part).clear()
 
     def host_memory(self, lock: bool = True) -> HostMemory:
         """Room for snapshots of this engine."""
@@ -156,6 +172,17 @@ class Engine:
             adamw.state[master] = {"step": torch.zeros((), device=device), **moments}
         return adamw.state[master]
 
+    def _time_parts(self) -> None:
+        """What of a step is DeepSpeed's own: the reduction of gradients under ZeRO 1 (2 and 3 have it inside backward),
+        and the instructions of a pipeline."""
+        if self.zero == 1:
+            reduce = self.deepspeed.allreduce_gradients
+            self.deepspeed.allreduce_gradients = self.stopwatch.timed("reduce_gradients", reduce)
+        if self.mesh.pp.size > 1:
+            instructions = self.deepspeed._INSTRUCTION_MAP.items()
+            timed = {cmd: self.stopwatch.timed(PARTS.get(cmd, OTHER), do) for cmd, do in instructions}
+            self.deepspeed._INSTRUCTION_MAP = timed
+
     def _watched_update(self, *args: Any, **kwargs: Any) -> Any:
         if self.guard and self.guard.last_chance:
             self.norms = parameter_norms(self.deepspeed.module, self.mesh)
@@ -188,12 +215,15 @@ class Engine:
         self.deepspeed.train()
         total = torch.zeros((), device=self.mesh.device)
         for i, batch in enumerate(micro):
-            loss = self._loss(batch, scale)
-            self.deepspeed.backward(loss)
+            with self.stopwatch.part("forward"):
+                loss = self._loss(batch, scale)
+            with self.stopwatch.part("backward"):
+                self.deepspeed.backward(loss)
             total += loss.detach()
             if i == len(micro) - 1:
                 self.loss = self._mean(total, len(micro))  # before the update, which depends on it
-            self.deepspeed.step()
+            with self.stopwatch.part("optimizer"):
+                self.deepspeed.step()
         return self.loss
 
     def _eval_plain(self, micro: list[MicroBatch], scale: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ selection scores that the compressed branch has already computed, nor softmax an
 import dataclasses
 import resource
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -174,6 +176,15 @@ def throughput(
         "saving_realised": speedup / saving if speedup else None,
         "flops_convention": CONVENTION,
     }
+
+
+def reset_memory(device: torch.device) -> None:
+    """Begin a new peak for `memory_gib`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # a kernel that does not let us
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def memory_gib(device: torch.device) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import deepspeed
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
@@ -16,6 +17,18 @@ from parallel.mesh import Mesh
 from parallel.transformer import layers
 
 deepspeed.utils.logger.setLevel("ERROR")
+
+PARTS = {  # of a step, by the instruction of DeepSpeed's schedule
+    schedule.ForwardPass: "forward",
+    schedule.BackwardPass: "backward",
+    schedule.OptimizerStep: "optimizer",
+    schedule.ReduceGrads: "reduce_gradients",
+    # Sent and received with the neighbouring stages, and what this one waits for them.
+    schedule.SendActivation: "stages",
+    schedule.RecvActivation: "stages",
+    schedule.SendGrad: "stages",
+    schedule.RecvGrad: "stages",
+}
 
 
 class Pipeline(PipelineModule):

@@ -81,6 +81,30 @@ def test_without_a_baseline_there_is_no_speed_up(tmp_path, capsys):
     assert "Speed-up" not in (tmp_path / "c.html").read_text()
 
 
+def test_the_speed_up_of_a_runs_own_log_is_said_with_what_it_is_against(tmp_path, capsys):
+    path = Path(make_run(tmp_path / "a", "nsa", 3.0))
+    own = {"speedup_vs_full": 1.25, "speedup_from": "calibration, no trained twin"}
+    logged = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    (path / "metrics.jsonl").write_text("".join(json.dumps({**m, **own}) + "\n" for m in logged))
+    assert compare.main([str(path), "--output", str(tmp_path / "c.html")]) == 0
+    said = "so no speed-up; 1.25x by its own log, against calibration, no trained twin"
+    assert said in capsys.readouterr().out
+    assert said in (tmp_path / "c.html").read_text()
+
+
+def test_sparsity_and_changed_options_are_on_the_terminal(tmp_path, capsys):
+    runs = [make_run(tmp_path / "a", "nsa", 3.0, health=True), make_run(tmp_path / "b", "full", 3.0, context=2048)]
+    assert compare.main([*runs, "--output", str(tmp_path / "c.html")]) == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["a", "0.375"] in rows, "gate_cmp of the two layers"
+    assert ["attention.kind", "nsa", "full"] in rows
+    assert ["data.seq_len", "1024", "2048"] in rows
+    assert compare.main([runs[1], "--output", str(tmp_path / "c.html")]) == 0
+    out = capsys.readouterr().out
+    assert "sparsity at the last" not in out
+    assert "where they differ" not in out
+
+
 def test_a_folder_of_runs_is_its_runs(tmp_path, capsys):
     sweep = tmp_path / "sweep"
     for name, kind in (("one", "nsa"), ("two", "full")):

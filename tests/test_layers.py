@@ -22,6 +22,7 @@ OWNERS = {
     "deepspeed": ("parallel/engine.py", "parallel/pipeline.py"),
     "hydra": ("train.py", "launch/"),
     "wandb": ("train.py", "launch/"),
+    "wandb_workspaces": ("launch/dashboard.py",),
 }
 FILES = sorted(
     p.relative_to(ROOT) for folder in MAY_IMPORT for p in [*ROOT.glob(f"{folder}/**/*.py"), *ROOT.glob(f"{folder}.py")]

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch import dashboard
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     "model.layers=2 model.dim=48 model.heads=4 model.kv_heads=2 model.qk_dim=12 model.v_dim=12 model.mlp_dim=96 "
     "attention.l=8 attention.d=4 attention.l_slc=16 attention.n=4 attention.w=32 data.seq_len=128 "
     "train.global_batch=4 train.micro_batch=2 train.precision=fp32 optim.lr=3e-3 optim.min_lr=3e-4 optim.warmup=2 "
-    "wandb.mode=disabled"
+    "wandb.mode=disabled run.calibrate=0"
 ).split()
 
 
@@ -68,6 +70,10 @@ def test_a_run_leaves_what_it_promises(whole):
     assert steps[8]["loss"] < steps[1]["loss"] - 0.15
     promised = "step tokens loss grad_norm lr step_s tokens_per_s tokens_per_s_per_gpu model_tflops mfu mem_gib"
     assert all(set(promised.split()) <= set(m) for m in steps.values())
+    parts = {key: value for key, value in steps[8].items() if key.startswith("time/")}
+    assert {"time/forward_s", "time/backward_s", "time/optimizer_s", "time/reduce_gradients_s"} <= set(parts)
+    assert 0.5 * steps[8]["step_s"] < sum(parts.values()) < steps[8]["step_s"]
+    assert 0 < steps[8]["data_wait_s"] < steps[8]["step_s"]
     assert steps[8]["tokens"] == 8 * 4 * 128
     assert steps[8]["mfu"] is None, "a CPU has no known peak"
     assert set(lines(whole, "val_loss")) == {4, 8}
@@ -77,6 +83,15 @@ def test_a_run_leaves_what_it_promises(whole):
     environment = json.loads((whole / "environment.json").read_text())
     assert environment["world"] == 1
     assert environment["torch"].startswith("2.")
+
+
+def test_the_dashboard_shows_what_is_logged(whole):
+    logged = {key for line in (whole / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
+    shown = {name for panels in dashboard.CURVES.values() for names in panels.values() for name in names}
+    assert shown - logged == {"goodput"}
+    assert set(dashboard.BY_CONTEXT.values()) <= shown
+    for begin in [begin for panels in dashboard.FAMILIES.values() for begin in panels.values()]:
+        assert any(key.startswith(begin) for key in logged), begin
 
 
 def test_the_health_of_sparsity_is_logged_when_it_is_due(whole):
@@ -146,6 +161,7 @@ def test_four_processes_train_like_one(corpus, tmp_path, whole):
     assert ours == pytest.approx(theirs, rel=1e-5)
     flops = [lines(r)[8]["model_tflops"] * lines(r)[8]["step_s"] * n for r, n in ((run, 4), (whole, 1))]
     assert flops[0] == pytest.approx(flops[1], rel=0.01), "each layout counts the same work"
+    assert 0 < lines(run)[8]["time/stages_s"] < lines(run)[8]["step_s"]
     assert sorted(p.name for p in tmp_path.iterdir()) == [run.name], "one run directory, nothing beside it"
 
 

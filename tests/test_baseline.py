@@ -1,0 +1,106 @@
+"""The baseline of the speed-up: a calibration leaves no trace, says what it is, and yields to a real twin."""
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from configs.errors import ConfigError
+from data.loader import Loader
+from launch import baseline
+from parallel import mesh, metrics
+from tests import ranks, tiny
+from tests.test_compare import make_run
+from tests.test_parity import VOCAB, train
+from tests.test_train import lines
+from tests.test_train import train as run_train
+
+
+def held() -> int:
+    """Bytes in tensors that are alive."""
+    gc.collect()
+    alive = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}.values())
+
+
+def calibrated(cfg) -> tuple[list, int, int, list[float]]:
+    """Losses and norms of a run after a calibration; bytes held before and after that, and its step times."""
+    place = mesh.build(cfg.parallel.tp, cfg.parallel.pp)
+    rows = (cfg.data.seq_len, cfg.train.global_batch, cfg.train.micro_batch, cfg.seed)
+    loader = Loader(cfg.data.path, "train", *rows, place.dp.rank, place.dp.size)
+    steps = [loader.next_step() for _ in range(3)]
+    before, state = held(), torch.get_rng_state()
+    seconds, peak = baseline.measure(cfg, VOCAB, place, steps)
+    after = held()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert peak > 0
+    return train(cfg, 3), before, after, seconds
+
+
+LAYOUTS = [(1, {}), (2, {"pp": 2}), (2, {"zero": 3})]
+
+
+@pytest.mark.parametrize(("world", "layout"), LAYOUTS, ids=str)
+def test_a_calibration_changes_nothing_and_leaves_nothing(corpus, world, layout):
+    cfg = tiny.config(data__path=corpus, **{f"parallel__{k}": v for k, v in layout.items()})
+    plain = ranks.run(world, train, cfg, 3)
+    for expected, (out, before, after, seconds) in zip(plain, ranks.run(world, calibrated, cfg)):
+        assert out == expected, "bit-identical"
+        assert len(seconds) == 3
+        assert after <= before + 10_000, "bytes; the model alone has 1.3 million"
+
+
+def test_it_is_logged_with_what_it_is_and_measured_once(corpus, tmp_path):
+    plain, run = tmp_path / "plain", tmp_path / "run"
+    run_train(corpus, plain, "train.steps=4", "checkpoint.every=2")
+    done = run_train(corpus, run, "train.steps=3", "checkpoint.every=3", "run.calibrate=4")
+    for step, m in lines(run).items():
+        assert (m["loss"], m["grad_norm"]) == (lines(plain)[step]["loss"], lines(plain)[step]["grad_norm"])
+        assert m["speedup_from"].startswith(
+            "calibration, no trained twin: 2 full-attention steps before the run, after 2"
+        )
+        assert m["speedup_vs_full"] == pytest.approx(m["saving_realised"] * m["flop_saving"])
+    assert "1 x " in m["speedup_from"]
+    assert "full (calibrated)" in done.stdout
+    assert m["speedup_from"] in done.stdout
+    known = json.loads((run / "calibration.json").read_text())
+    assert len(known["step_s"]) == 4
+    run_train(corpus, run, "train.steps=4", "run.calibrate=4")
+    assert json.loads((run / "calibration.json").read_text()) == known, "a restart does not measure again"
+    assert lines(plain)[4]["speedup_vs_full"] is None
+
+
+def test_a_twin_beside_the_run_is_found(corpus, tmp_path):
+    run_train(corpus, tmp_path / "a-full", "train.steps=2", "attention=full")
+    run_train(corpus, tmp_path / "a", "train.steps=2", "run.calibrate=2")
+    assert lines(tmp_path / "a")[2]["speedup_from"].startswith(f"{tmp_path / 'a-full'} on 1 x ")
+    assert not (tmp_path / "a" / "calibration.json").exists()
+
+
+def test_only_a_run_that_differs_in_nothing_else_is_a_twin(tmp_path):
+    make_run(tmp_path / "twin", "full", 2000.0)
+    cfg = tiny.config(run__dir=str(tmp_path / "run"))
+    text = (tmp_path / "twin" / "config.yaml").read_text()
+    config = {**yaml.safe_load(text), "parallel": {"tp": 1}}
+    (tmp_path / "twin" / "config.yaml").write_text(yaml.safe_dump(config))
+    here = {"device": "cpu", "world": 1, "data_fingerprint": "f"}
+    found = baseline.beside(cfg, yaml.safe_dump(config), here)
+    assert found == baseline.Baseline(2000.0, f"{tmp_path / 'twin'} on 1 x cpu")
+    for key in baseline.SAME:
+        assert baseline.beside(cfg, yaml.safe_dump({**config, key: {"changed": 1}}), here) is None, key
+    for key in here:
+        assert baseline.beside(cfg, yaml.safe_dump(config), {**here, key: "other"}) is None, key
+    with pytest.raises(ConfigError, match=r"run\.twin=.*absent"):
+        baseline.of_twin(str(tmp_path / "absent"))
+
+
+def test_the_peak_of_memory_begins_anew():
+    block = torch.ones(60_000_000)
+    high = metrics.memory_gib(torch.device("cpu"))
+    del block
+    metrics.reset_memory(torch.device("cpu"))
+    assert metrics.memory_gib(torch.device("cpu")) < high - 0.15, f"of {high} GiB"
+    assert Path("/proc/self/clear_refs").exists()
