@@ -1,0 +1,107 @@
+"""Compiles kernels of NSA for an H100 or H200 on any machine, and looks into their machine code. Run as a script, as
+triton has to be itself: prints a line for each kernel in which products of two kinds read one register.
+
+Scores are products of queries, which stay the same in a loop over keys; outputs and gradients are products of what is
+computed anew in each round. ptxas 12.8 had both in the same registers (nsa/band.py, `shares_registers`), and all tiles
+of keys after the first got wrong scores.
+"""
+
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from configs.schema import Attention, Branch
+from nsa import Documents, band, band_backward, tiles
+from nsa.cases import Case, make_inputs
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+SETS = [["slc"], ["win"], ["cmp"], ["slc", "win"], ["cmp", "slc", "win"]]
+PRODUCT = re.compile(r"HGMMA\S+ R\d+, (R\d+), gdesc\[\w+\](\.tnspB)?")  # the operand in registers; of what kind
+
+
+class Hopper:
+    """What triton asks of a device, without one."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compiled(work: Callable[[], object]) -> list[tuple[str, str]]:
+    """Name and PTX of each kernel that `work` launches; nothing runs."""
+    found, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup=False, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found.append((self.fn.__name__, kernel.asm["ptx"]))
+        return kernel
+
+    JITFunction.run = compile_only
+    work()
+    JITFunction.run = run
+    return found
+
+
+def sass(ptx: str) -> str:
+    """Machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        subprocess.run([TOOLS / "ptxas", "--gpu-name=sm_90a", source, "-o", binary], check=True, capture_output=True)
+        return subprocess.run([TOOLS / "nvdisasm", "-c", binary], check=True, capture_output=True, text=True).stdout
+
+
+def shared(code: str) -> list[str]:
+    """Registers that products with keys or values as they are, and with the same transposed, both read."""
+    kinds: dict[str, set[str]] = {"": set(), ".tnspB": set()}
+    for operand, kind in PRODUCT.findall(code):
+        kinds[kind].add(operand)
+    return sorted(kinds[""] & kinds[".tnspB"])
+
+
+def kernels(names: list[str], width: int) -> list[tuple[str, str]]:
+    """Name and PTX of the kernels of these branches that read queries."""
+    case = Case("any", (1100, 1, 33), 8, 2, width, width, Attention())
+    x = {name: t.detach() for name, t in make_inputs(case, torch.bfloat16).items()}
+    starts = Documents.of(case.cu_seqlens, torch.device("cpu")).blocks(32, 16).starts
+    documents = tiles.Documents.of(case.cu_seqlens, starts)
+    kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in names}
+    runs = {name: band.bands(case.sizes)[name].run(4) for name in names}
+    statistics = {name: (torch.empty(8 // run, 1136, run),) * 2 for name, run in runs.items()}
+    forward = compiled(lambda: band.forward(x["q"], kv, documents, case.sizes))
+    return forward + compiled(lambda: band_backward.queries(x["q"], kv, x["q"], statistics, documents, case.sizes))
+
+
+def main() -> None:
+    driver.set_active(Hopper())
+    products = 0
+    for names, width in itertools.product(SETS, (64, 128)):
+        for kernel, ptx in kernels(names, width):
+            code = sass(ptx)
+            products += len(PRODUCT.findall(code))
+            if shared(code):
+                print(f"{kernel} of {names} at {width}: {shared(code)}")
+    print(f"{products} products", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    assert {b.value for b in Branch} == set(SETS[-1])
+    main()
