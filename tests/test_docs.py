@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import supervise
 from launch.compose import compose, compose_all
 from launch.submit import DEFAULTS, processes
 from launch.sweep import plan
@@ -17,6 +18,7 @@ from launch.sweep import plan
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "LOG.md")]
 PROGRAMS = ("python ", "make ", "launch/", "sbatch ")
+SUPERVISE = "python -m launch.supervise"
 LONG = ("make train", "make ablations", "python -m data.bench")
 GPU = ("python -m nsa.bench",)
 
@@ -42,7 +44,7 @@ def a_run(command: str) -> list[str]:
     """The command line of train.py in a command, behind options of slurm; empty if it has none."""
     if "launch/doctor.py" in command:
         return []
-    for start in ("python train.py", "launch/local.sh", "python -m launch.submit", "sbatch"):
+    for start in ("python train.py", "launch/local.sh", "python -m launch.submit", SUPERVISE, "sbatch"):
         if command.startswith(start):
             return [w for w in words(command)[len(start.split()) :] if w != "launch/slurm.sbatch"]
     return []
@@ -63,7 +65,10 @@ DOCTORS = [c for c in ALL if c.startswith("sbatch ") and not a_run(c)]
 @pytest.mark.parametrize("command", RUNS)
 def test_each_run_is_one_that_the_rules_allow(command, monkeypatch, capsys):
     arguments = a_run(command)
-    if arguments[0] == "-n":
+    if command.startswith(SUPERVISE):
+        options, arguments = supervise._parse(arguments)
+        world = options.n * options.nodes
+    elif arguments[0] == "-n":
         world, arguments = int(arguments[1]), arguments[2:]
     else:
         options = [a for a in arguments if a.startswith("--") and a != "--cfg"]
