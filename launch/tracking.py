@@ -85,7 +85,7 @@ def send(lines: Lines, run: Any) -> int:
 
 def start(directory: Path, wanted: WandbMode, timeout: float) -> Any:
     """The W&B run of a run directory, begun or continued. Raises what W&B raises, after `timeout` seconds at most."""
-    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         os.environ.setdefault(name, str(directory.absolute()))
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry waits 10 s for a silent server at exit
@@ -96,6 +96,7 @@ def start(directory: Path, wanted: WandbMode, timeout: float) -> Any:
     online = wanted is WandbMode.online or (wanted is WandbMode.auto and has_key())
     run = wandb.init(
         id=identity(directory),
+        dir=os.environ.get("WANDB_DIR", str(directory)),  # not set there: it would hold for the next run as well
         resume="allow" if online else None,
         project=config["wandb"]["project"],
         name=directory.name,

@@ -38,6 +38,11 @@ def train(cfg: Config, steps: int = STEPS) -> list[tuple[float, float]]:
     return out
 
 
+def rarely(world: int, layout: dict):
+    """Others have each of its parts."""
+    return pytest.param(world, layout, marks=pytest.mark.slow)
+
+
 LAYOUTS = [
     (4, {"tp": 2, "pp": 2}),
     (4, {"tp": 2, "pp": 2, "sequence": True, "recompute": Recompute.full}),
@@ -46,14 +51,14 @@ LAYOUTS = [
     (4, {"tp": 2, "sequence": True, "zero": 3}),
     (4, {"pp": 2}),
     (4, {"pp": 2, "recompute": Recompute.full}),
-    (4, {"tp": 4}),
-    (4, {"tp": 4, "sequence": True, "recompute": Recompute.full}),
+    rarely(4, {"tp": 4}),
+    rarely(4, {"tp": 4, "sequence": True, "recompute": Recompute.full}),
     (4, {"pp": 4}),
-    (4, {"pp": 4, "recompute": Recompute.full}),
+    rarely(4, {"pp": 4, "recompute": Recompute.full}),
     (4, {"zero": 1}),
     (4, {"zero": 2}),
     (4, {"zero": 3}),
-    (4, {"zero": 3, "recompute": Recompute.full}),
+    rarely(4, {"zero": 3, "recompute": Recompute.full}),
     (2, {"tp": 2, "sequence": True, "recompute": Recompute.mlp, "compile": True}),
     (2, {"pp": 2, "recompute": Recompute.mlp}),
     (8, {"tp": 2, "pp": 2}),

@@ -40,7 +40,7 @@ def test_memory_that_runs_out(corpus, tmp_path, step):
     assert "Traceback" not in done.stderr
     for part in ("memory rank 0 on cpu", "GiB in use at most", "train.micro_batch", "data.seq_len"):
         assert part in line
-    assert json.loads((run / "exit.json").read_text()) == {"code": 70, "reason": line}
+    assert json.loads((run / "exit.json").read_text()).items() >= {"code": 70, "reason": line}.items()
     assert max(lines(run), default=0) == step - 1
     assert "continues" in train(corpus, run, *options).stdout or step == 1
     assert max(lines(run)) == 6
