@@ -61,7 +61,7 @@ LAYOUTS = [
     rarely(4, {"zero": 3, "recompute": Recompute.full}),
     (2, {"tp": 2, "sequence": True, "recompute": Recompute.mlp, "compile": True}),
     (2, {"pp": 2, "recompute": Recompute.mlp}),
-    (8, {"tp": 2, "pp": 2}),
+    rarely(8, {"tp": 2, "pp": 2}),
     (8, {"tp": 2, "pp": 2, "sequence": True, "recompute": Recompute.full}),
 ]
 

@@ -39,6 +39,7 @@ def test_a_row_and_its_twin_give_figures(tmp_path, capsys):
     assert "tiny, full" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_that_take_too_long_are_ended():
     mark = f"seed={os.getpid()}"
     found = bench.measure(Row("slow", 2, f"{TINY.overrides} {mark}"), 100_000, 1, 15.0)

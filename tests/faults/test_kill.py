@@ -55,7 +55,7 @@ def same_files(run: Path, other: Path) -> None:
     assert hashes[0] == hashes[1]
 
 
-@pytest.mark.parametrize("site", ["pieces", "hash", "manifest", "rename"])
+@pytest.mark.parametrize("site", ["pieces", pytest.param("hash", marks=pytest.mark.slow), "manifest", "rename"])
 def test_killed_in_a_save(corpus, tmp_path, unbroken, site):
     code, left = hurt(corpus, tmp_path, site, signal.SIGKILL)
     assert code == -signal.SIGKILL
@@ -106,7 +106,7 @@ def children(pid: int) -> list[int]:
     return [c for child in map(int, listed) for c in [child, *children(child)]]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_one_rank_killed_in_a_step_ends_all_and_the_run_goes_on(corpus, tmp_path, unbroken_by_two, rank):
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     run = tmp_path / "run"
