@@ -56,6 +56,13 @@ class Place:
     row: int
 
 
+def not_passed_over(number: int, skip: Sequence[tuple[int, int]]) -> int:
+    """The first batch from `number` on that lies in none of the spans (first, last)."""
+    while over := next((last for first, last in skip if first <= number <= last), None):
+        number = over + 1
+    return number
+
+
 class Loader:
     """The rows of one data-parallel rank."""
 
@@ -159,10 +166,7 @@ class Loader:
     def _next(self, row: int) -> int:
         """The first row of the next step's batch, after `row` rows and those that are passed over."""
         number = self._before + row // self.global_batch + 1
-        while over := next((last for first, last in self.skip if first <= number <= last), None):
-            row += (over + 1 - number) * self.global_batch
-            number = over + 1
-        return row
+        return row + (not_passed_over(number, self.skip) - number) * self.global_batch
 
     def origin(self, row: int) -> list[tuple[Shard, int, int]]:
         """The (shard, begin, end) that a row consists of. Raises DataError for a damaged shard."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from configs.errors import DataError
-from data.loader import Batch
+from data.loader import Batch, not_passed_over
 
 
 class RandomRows:
@@ -54,9 +54,7 @@ class RandomRows:
     @property
     def coming(self) -> tuple[int, int]:
         """Number and first row of the next global batch that is not to be passed over."""
-        number = self.batch + 1
-        while over := next((last for first, last in self.skip if first <= number <= last), None):
-            number = over + 1
+        number = not_passed_over(self.batch + 1, self.skip)
         return number, (number - 1) * self.global_batch
 
     def state_dict(self) -> dict[str, Any]:
