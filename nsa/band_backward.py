@@ -7,12 +7,13 @@ from torch import Tensor
 
 from configs.schema import Attention
 from nsa.band import FAR, SHORT, Band, beyond, branches, edges, lowest, shares_registers, tile_at
-from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, locate, precision, stretches
+from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, locate, narrow, precision, stretches
 
 # By bytes of an element; those for 16 bits were timed on an H200.
 QUERIES = {2: Launch(64, 64, 4, 3), 4: Launch(64, 16, 4, 2)}
 KEYS = {2: Launch(64, 64, 4, 2), 4: Launch(32, 32, 4, 1)}
 BLOCKS = {2: Launch(64, 128, 8, 3), 4: Launch(32, 32, 4, 1)}  # where keys are compression blocks
+NARROW = Launch(128, 64, 4, 2)  # instead of these two, for 16-bit heads of 64 and less
 
 
 @triton.jit
@@ -261,6 +262,7 @@ def keys(
     if m == 0:
         return torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
     shape, how = _shape(q, k, v, band), (BLOCKS if band.keyed_by_block else KEYS)[q.element_size()]
+    how = NARROW if narrow(q, v) else how
     run = shift.shape[2]
     split = shape["G"] // run
     dk = k.new_empty(split, m, groups, e, dtype=torch.float32 if split > 1 else dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from configs.schema import Attention
 from nsa.score import NONE
-from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, precision
+from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, narrow, precision
 
 # Tokens of a chunk and pairs of a run: forward, the more chunks the more of q is in the cache; backward, each has parts
 # of all dk and dv.
@@ -25,6 +25,7 @@ CHUNK, BACK_CHUNK = 4096, 8192
 RUN, BACK_RUN = 64, 256
 FORWARD = {2: Launch(64, 0, 4, 1), 4: Launch(64, 0, 4, 1)}  # by bytes of an element; a tile's keys are one block
 BACKWARD = {2: Launch(64, 0, 4, 2), 4: Launch(32, 0, 8, 1)}
+NARROW_BACKWARD = Launch(128, 0, 4, 2)  # for 16-bit heads of 64 and less
 
 
 @dataclass(frozen=True)
@@ -298,6 +299,7 @@ def backward(
     dk_part = k.new_empty(groups, slots, slc, e, dtype=torch.float32)
     dv_part = v.new_empty(groups, slots, slc, width, dtype=torch.float32)
     how, bt, boxes = BACKWARD[q.element_size()], max(1, 16 // g), (*columns(k, slc), columns(v, slc)[0])
+    how = NARROW_BACKWARD if narrow(q, v) else how
     scale = e**-0.5
     for c, first in enumerate(range(0, n, BACK_CHUNK)):
         count = min(BACK_CHUNK, n - first)

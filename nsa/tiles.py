@@ -61,6 +61,11 @@ def halves(width: int) -> tuple[int, int]:
     return (first, rest) if rest & (rest - 1) == 0 else (0, 0)
 
 
+def narrow(q: Tensor, v: Tensor) -> bool:
+    """Whether heads are 16-bit and so narrow that a tile may have twice the rows."""
+    return q.element_size() == 2 and max(q.shape[2], v.shape[2]) <= 64
+
+
 def rows(x: Tensor) -> Tensor:
     """x [n, h, e] as every kernel reads it: channels side by side, and heads where the copy engine can fetch them."""
     step = 16 // x.element_size()
