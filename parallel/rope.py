@@ -1,9 +1,11 @@
 """Rotary position embedding (arXiv 2104.09864), in fp32, on the two halves of a head."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 
 class Rope:
@@ -20,7 +22,23 @@ class Rope:
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turn x [n, heads, dim] by the angles of positions [n]; the dtype stays."""
-        return self.turn(x, self.cos, self.sin, positions)
+        return _Turn.apply(x, self.cos, self.sin, positions, self.turn)
+
+
+class _Turn(Function):
+    """A gradient is turned back by the same angles. What is kept for that is not the compiler's choice: recomputation
+    may meet a graph compiled since for other sizes, and has to keep the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, turn: Callable) -> Tensor:
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.turn = turn
+        return turn(x, cos, sin, positions)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        cos, sin, positions = ctx.saved_tensors
+        return ctx.turn(dy, cos, -sin, positions), None, None, None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:

@@ -155,8 +155,9 @@ def large(tokens: int, a: Attention) -> tuple[dict, torch.Tensor]:
     shapes = {"q": (tokens, 64, 128), "gates": (tokens, 64, 3)}
     for name, rows in (("cmp", m), ("slc", tokens), ("win", tokens)):
         shapes |= {f"k_{name}": (rows, 4, 128), f"v_{name}": (rows, 4, 128)}
-    x = {name: torch.randn(size, dtype=BF16, device="cuda", requires_grad=True) for name, size in shapes.items()}
-    return x, torch.tensor([0, tokens])
+    x = {name: torch.randn(size, dtype=BF16, device="cuda") for name, size in shapes.items()}
+    x["gates"].sigmoid_()
+    return {name: t.requires_grad_() for name, t in x.items()}, torch.tensor([0, tokens])
 
 
 def attend_large(x: dict, cu_seqlens: torch.Tensor, a: Attention) -> torch.Tensor:

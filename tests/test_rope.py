@@ -2,7 +2,7 @@
 
 import torch
 
-from parallel.rope import Rope
+from parallel.rope import Rope, _turn
 
 ROPE = Rope(8, 1000, 10000.0, torch.device("cpu"))
 
@@ -37,3 +37,11 @@ def test_bf16_stays_bf16_but_positions_keep_their_precision():
     exact = ROPE(x.bfloat16().float(), torch.tensor([901]))
     assert ROPE(x.bfloat16(), torch.tensor([901])).dtype is torch.bfloat16
     torch.testing.assert_close(ROPE(x.bfloat16(), torch.tensor([901])).float(), exact, rtol=1e-2, atol=1e-2)
+
+
+def test_the_gradient_is_turned_back():
+    x, positions = torch.randn(5, 2, 8, requires_grad=True), torch.tensor([0, 1, 500, 998, 999])
+    dy = torch.randn(5, 2, 8)
+    (ours,) = torch.autograd.grad(ROPE(x, positions), x, dy)
+    (expected,) = torch.autograd.grad(_turn(x, ROPE.cos, ROPE.sin, positions), x, dy)
+    torch.testing.assert_close(ours, expected)
