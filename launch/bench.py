@@ -186,7 +186,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
     parser = argparse.ArgumentParser(prog="python -m launch.bench", description=(__doc__ or "").split(": ", 1)[1])
     parser.add_argument("--row", help="one of them (see launch/rows.py); tiny needs no GPU")
-    parser.add_argument("--rows", choices=("1gpu", "2gpu", "4gpu", "all"), default="1gpu", help="all of this many GPUs (1gpu)")
+    counts = ("1gpu", "2gpu", "4gpu", "all")
+    parser.add_argument("--rows", choices=counts, default="1gpu", help="all of this many GPUs (1gpu)")
     parser.add_argument("--twins", action=argparse.BooleanOptionalAction, default=True, help="of sparse rows")
     parser.add_argument("--steps", type=int, default=25, help="of each row (25)")
     parser.add_argument("--every", type=int, default=5, help="steps of an interval; the first is warm-up (5)")
