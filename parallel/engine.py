@@ -5,7 +5,6 @@ engine with ZeRO 1 on several. Its configuration comes from ours; nobody writes 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 from typing import Any, Optional, Protocol
 
 import deepspeed
@@ -23,6 +22,7 @@ from parallel.host import HostMemory
 from parallel.loss import CrossEntropy
 from parallel.mesh import Mesh
 from parallel.norms import parameter_norms
+from parallel.overlap import Reducer
 from parallel.pipeline import PARTS, Pipeline, instructions
 from parallel.stopwatch import OTHER, Stopwatch
 from parallel.transformer import Transformer
@@ -77,8 +77,8 @@ class Engine:
         self.norms: dict[str, dict[str, float]] = {}  # of the last step that could have been the guard's last
         self.accepted: Optional[bool] = None  # by the guard, in this step; None: not asked yet
         self.deepspeed.optimizer.optimizer.register_step_pre_hook(self._before_update)
-        if cfg.train.precision is Precision.bf16 and hasattr(self.deepspeed.optimizer, "_update_hp_grad"):
-            self.deepspeed.optimizer._update_hp_grad = MethodType(_accumulate, self.deepspeed.optimizer)
+        if cfg.train.precision is Precision.bf16 and self.zero == 1:
+            self._overlap_reduction()
         self._update = self.deepspeed.optimizer.step
         self.deepspeed.optimizer.step = self._watched_update
 
@@ -173,8 +173,8 @@ class Engine:
         return adamw.state[master]
 
     def _time_parts(self) -> None:
-        """What of a step is DeepSpeed's own: the reduction of gradients under ZeRO 1 (2 and 3 have it inside backward),
-        and the instructions of a pipeline."""
+        """What of a step is DeepSpeed's own: the reduction of gradients under ZeRO 1 (what backward has not hidden; 2 and
+        3 have it inside backward), and the instructions of a pipeline."""
         if self.zero == 1:
             reduce = self.deepspeed.allreduce_gradients
             self.deepspeed.allreduce_gradients = self.stopwatch.timed("reduce_gradients", reduce)
@@ -182,6 +182,26 @@ class Engine:
             every = instructions(self.deepspeed).items()
             timed = {cmd: self.stopwatch.timed(PARTS.get(cmd, OTHER), do) for cmd, do in every}
             self.deepspeed._INSTRUCTION_MAP = timed
+
+    def _overlap_reduction(self) -> None:
+        optimizer = self.deepspeed.optimizer
+        sizes = [[p.numel() for p in group] for group in optimizer.bf16_groups]
+        self.reducer = Reducer(optimizer.fp32_groups_gradients_flat, sizes, self.mesh.dp, self.gas)
+        optimizer._update_hp_grad = self._accumulate
+        self.deepspeed.buffered_allreduce_fallback = lambda *args, **kwargs: self.reducer.finish()
+
+    def _accumulate(self, lp: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
+        """BF16_Optimizer._update_hp_grad without the fp32 copy of the gradient, which took longer than the sum."""
+        if lp.grad is None:
+            return
+        optimizer = self.deepspeed.optimizer
+        total = optimizer.fp32_groups_gradients[group][index]
+        total.add_(lp.grad.view(total.shape))
+        lp._hp_grad = total
+        optimizer.fp32_groups_has_gradients[group][index] = True
+        if clear_lp_grads:
+            lp.grad.zero_()
+        self.reducer.added(group, index)
 
     def _watched_update(self, *args: Any, **kwargs: Any) -> Any:
         if self.guard and self.guard.last_chance:
@@ -249,18 +269,6 @@ class Engine:
         self.deepspeed.module.documents = iter([b.documents for b in micro])
         data = iter([(b.tokens, (b.labels, scale)) for b in micro])
         return self.deepspeed.eval_batch(data, num_micro_batches=len(micro)).squeeze()
-
-
-def _accumulate(self: Any, lp: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
-    """BF16_Optimizer._update_hp_grad without the fp32 copy of the gradient, which took longer than the sum."""
-    if lp.grad is None:
-        return
-    total = self.fp32_groups_gradients[group][index]
-    total.add_(lp.grad.view(total.shape))
-    lp._hp_grad = total
-    self.fp32_groups_has_gradients[group][index] = True
-    if clear_lp_grads:
-        lp.grad.zero_()
 
 
 def optimizer(module: torch.nn.Module, cfg: Optim, device: torch.device) -> torch.optim.Optimizer:

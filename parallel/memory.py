@@ -11,9 +11,9 @@ from configs.schema import Branch, Config, Kind, Precision, Recompute, data_para
 from parallel.metrics import blocks
 from parallel.sizes import Stage, parameters, stages
 
-# DeepSpeed's, from parallel/engine.py and its defaults: elements of a bucket of gradients, of one all-reduce of all
-# gradients (ZeRO 1), and of the parameters that ZeRO 3 keeps gathered.
-BUCKET, REDUCED_AT_ONCE, GATHERED = 100_000_000, 500_000_000, 1_000_000_000
+# DeepSpeed's, from parallel/engine.py and its defaults: elements of a bucket of gradients, and of the parameters that
+# ZeRO 3 keeps gathered.
+BUCKET, GATHERED = 100_000_000, 1_000_000_000
 WORKSPACE = 32 * 2**20  # cuBLAS on Hopper
 
 
@@ -112,12 +112,10 @@ def _held(cfg: Config, count: int, dp: int) -> dict[str, int]:
 
 
 def _update(cfg: Config, counts: dict[str, int], dp: int) -> int:
-    """The most that reduction, clipping and AdamW hold at a time beside what stays."""
-    count = sum(counts.values())
-    if cfg.parallel.zero > 1:
-        return 4 * count // dp  # the gradients of this rank once more, flat
-    fits = count - counts["norms"] <= REDUCED_AT_ONCE
-    return 4 * (count if fits else counts["norms"])  # of both groups, if they share an all-reduce
+    """The most that clipping and AdamW hold at a time beside what stays."""
+    if cfg.parallel.zero == 1:  # all in place
+        return 0
+    return 4 * sum(counts.values()) // dp  # the gradients of this rank once more, flat
 
 
 def norm(cfg: Config, fused: bool) -> int:
