@@ -60,9 +60,9 @@ def nsa_attention(
 
     q [n, h, dk], rotated. kv: for slc and win, where active, rotated keys [n, h_kv, dk] and values [n, h_kv, dv].
     k_cmp [m, h_kv, dk], compressed then rotated, and v_cmp [m, h_kv, dv]; v_cmp is None where the blocks only score,
-    both are None where neither cmp nor slc is active. gates [n, h, branches] in the order of `sizes.branches`, none below 0.
-    cu_seqlens [documents + 1] in host memory, which kernels copy to the device unless they are given the `starts` of
-    `documents.Blocks`. All of one dtype, on one device. Raises ValueError for what does not fit.
+    both are None where neither cmp nor slc is active. gates [n, h, branches] in the order of `sizes.branches`, none
+    below 0. cu_seqlens [documents + 1] in host memory, which kernels copy to the device unless they are given the
+    `starts` of `documents.Blocks`. All of one dtype, on one device. Raises ValueError for what does not fit.
     """
     tensors = _named(kv, k_cmp, v_cmp, sizes)
     _check(q, tensors, gates, cu_seqlens, sizes)

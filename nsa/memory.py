@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from configs.schema import Attention, Branch, Compression
 
-BACK_CHUNK, BACK_RUN = 8192, 256
+CHUNK, BACK_RUN = 8192, 256
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def backward(s: Shape, a: Attention) -> int:
 def _chosen(s: Shape, a: Attention) -> int:
     """Of the gradients of chosen blocks: parts of a chunk of queries, sums in fp32, the pairs in order."""
     picks = (a.n - a.local) * (Branch.slc in a.branches)
-    size, both = min(BACK_CHUNK, s.tokens), s.qk_dim + s.v_dim
+    size, both = min(CHUNK, s.tokens), s.qk_dim + s.v_dim
     slots = -(-size * picks // BACK_RUN) + s.tokens // a.l_slc
     parts = s.width * size * picks * s.heads * s.qk_dim + 4 * s.kv_heads * slots * a.l_slc * both
     pairs = (4 + 4 + 8 + 4) * s.tokens * s.kv_heads * picks  # keys, sorted keys, places as int64 and int32

@@ -172,7 +172,7 @@ def test_what_a_tensor_parallel_rank_keeps(sequence):
 
 
 def test_the_sizes_of_the_kernels_are_the_kernels_own():
-    assert (nsa.memory.BACK_CHUNK, nsa.memory.BACK_RUN) == (picked.BACK_CHUNK, picked.BACK_RUN)
+    assert (nsa.memory.CHUNK, nsa.memory.BACK_RUN) == (picked.CHUNK, picked.BACK_RUN)
 
 
 def storages() -> int:
