@@ -35,7 +35,7 @@ class Case:
         return sum(max(0, (t - self.sizes.l) // self.sizes.d + 1) for t in self.lengths)
 
 
-def _sizes(**sizes: int) -> Attention:
+def _sizes(**sizes) -> Attention:
     return Attention(**{"l": 8, "d": 4, "l_slc": 16, "n": 4, "w": 12, **sizes})
 
 
@@ -59,6 +59,7 @@ CASES = [
     Case("none initial", (100,), sizes=_sizes(initial=0, local=1)),
     Case("window of one", (40,), sizes=_sizes(w=1)),
     Case("window beyond", (40, 20), sizes=_sizes(w=64)),
+    Case("no block to score by", (7, 3), sizes=_sizes(branches=[Branch.slc])),
 ]
 
 
