@@ -130,7 +130,7 @@ def _keys_step(
     # the document's last one; within a window, at step s those whose place is -s modulo the number of steps.
     turn = 0
     if N < FAR:
-        turn = (begin // BQ + steps - 1) % tl.maximum(steps, 1)
+        turn = (tl.maximum(begin, 0) // BQ + steps - 1) % tl.maximum(steps, 1)  # below 0, % is too
     for step in tl.range(0, steps):
         back = step + turn
         if N < FAR:

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 SIZES = Attention(l=8, d=4, l_slc=16, n=3, w=12)
 SMALL = Case("small", (50, 9), heads=2, kv_heads=1, sizes=SIZES)
 HOSTILE = ("one token", "exactly a block", "empty document", "window of one", "much overlap", "one KV head")
-HOSTILE += ("no block to score by",)
+HOSTILE += ("no block to score by", "one query a tile")
 
 
 @interpreted
