@@ -36,8 +36,8 @@ class Band:
 
     @property
     def keyed_by_block(self) -> bool:
-        """Keys are compression blocks, not tokens."""
-        return (self.L, self.D) != (1, 1)
+        """Keys are compression blocks, not tokens: they alone are seen back to the start of a document."""
+        return FAR.value == self.N
 
     def run(self, group: int) -> int:
         """Heads whose statistics lie side by side, token by token: [h / run, n, run]."""
@@ -49,7 +49,7 @@ def bands(sizes: Attention) -> dict[str, Band]:
     return {
         "cmp": Band(L=sizes.l, D=sizes.d),
         "slc": Band(A=sizes.l_slc, N=sizes.local),
-        "win": Band(N=sizes.w),
+        "win": Band(N=min(sizes.w, FAR.value - 1)),
     }
 
 

@@ -59,6 +59,7 @@ CASES = [
     Case("none initial", (100,), sizes=_sizes(initial=0, local=1)),
     Case("window of one", (40,), sizes=_sizes(w=1)),
     Case("window beyond", (40, 20), sizes=_sizes(w=64)),
+    Case("blocks of one token", (11, 2), sizes=_sizes(l=1, d=1)),
     Case("one query a tile", (2, 1), heads=64, kv_heads=1),
     Case("no block to score by", (7, 3), sizes=_sizes(branches=[Branch.slc])),
 ]

@@ -6,6 +6,7 @@ test_nsa_gpu.py has the rest, where there is a GPU.
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ CPU = torch.device("cpu")
 SIZES = Attention(l=8, d=4, l_slc=16, n=3, w=12)
 SMALL = Case("small", (50, 9), heads=2, kv_heads=1, sizes=SIZES)
 HOSTILE = ("one token", "exactly a block", "empty document", "window of one", "much overlap", "one KV head")
-HOSTILE += ("no block to score by", "one query a tile")
+HOSTILE += ("no block to score by", "one query a tile", "blocks of one token")
 
 
 @interpreted
@@ -156,11 +157,29 @@ def test_compiled_whole_and_computed_again_it_is_the_same():
         return kernels.attend(case, dict(zip(x, values)))
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    for f in (compiled, lambda *values: checkpoint(attend, *values, use_reentrant=False)):
-        o = f(*x.values())
+    for f in (compiled, *(partial(checkpoint, attend, use_reentrant=reentrant) for reentrant in (True, False))):
+        y = kernels.leaves(x, torch.float32)
+        o = f(*y.values())
+        o.backward(do)
         assert torch.equal(o, plain["o"])
-        for name, g in zip(x, torch.autograd.grad(o, list(x.values()), do)):
-            assert torch.equal(g, plain[name]), name
+        for name, t in y.items():
+            assert torch.equal(t.grad, plain[name]), name
+
+
+@interpreted
+def test_the_operators_keep_the_rules_of_torch(monkeypatch):
+    case, calls = Case("few", (9, 2), heads=2, kv_heads=1, sizes=SIZES), []
+
+    def noted(op, *args):
+        calls.append((op, args))
+        return op(*args)
+
+    for name in ("_nsa", "_nsa_backward"):
+        monkeypatch.setattr(fused, name, partial(noted, getattr(fused, name)))
+    kernels.results(case, make_inputs(case, torch.float32), torch.ones(11, 2, 8))
+    (forward, inputs), (backward, others) = calls
+    torch.library.opcheck(forward, inputs)
+    torch.library.opcheck(backward, others, test_utils=("test_schema", "test_faketensor"))
 
 
 @interpreted
