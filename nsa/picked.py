@@ -16,13 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from configs.schema import Attention
+from nsa.memory import BACK_CHUNK, BACK_RUN
 from nsa.score import NONE
 from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, precision
 
-# Tokens of a chunk and pairs of a run: forward, the more chunks the more of q is in the cache; backward, each has parts
-# of all dk and dv.
-CHUNK, BACK_CHUNK = 4096, 8192
-RUN, BACK_RUN = 64, 256
+# Tokens of a chunk and pairs of a run: forward, the more chunks the more of q is in the cache; backward, where they are
+# BACK_CHUNK and BACK_RUN, each has parts of all dk and dv.
+CHUNK, RUN = 4096, 64
 FORWARD = {2: Launch(64, 0, 4, 1), 4: Launch(64, 0, 4, 1)}  # by bytes of an element; a tile's keys are one block
 BACKWARD = {2: Launch(64, 0, 4, 2), 4: Launch(32, 0, 8, 1)}
 
