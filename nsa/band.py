@@ -165,6 +165,7 @@ def _forward(
     L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, LOCAL: tl.constexpr, SINK: tl.constexpr, W: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    """o [n, h, F] and log-sum-exp of each branch, of a tile of queries and one KV head."""
     tile, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the longest first
     document, start, length, place = locate(tile, tokens, documents, BQ)
     if place >= length:

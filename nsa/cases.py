@@ -22,6 +22,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
+        """Of all documents."""
         return sum(self.lengths)
 
     @property

@@ -179,6 +179,7 @@ def _backward(
     G: tl.constexpr, GROUPS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     PICKS: tl.constexpr, SLC: tl.constexpr, BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    """Of a run of pairs dq [chunk, h_kv, picks, G, E + E2], of each stretch dk [h_kv, slots, SLC, E + E2] and dv."""
     group = tl.program_id(1)
     key0 = (chunk * GROUPS + group) * blocks
     i, end = _run(starts, key0, blocks, RUN)
