@@ -38,6 +38,8 @@ def unfit(q: Tensor, v_dim: int, kv_heads: int, sizes: Attention) -> str | None:
         return f"q is on the {q.device.type}, and they run on a GPU"
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"q is {q.dtype}; they take bfloat16, float16 and float32"
+    if q.dtype is torch.float32 and sizes.l_slc > 64 and max(q.shape[2], v_dim) > 64:  # no room for them
+        return f"l_slc is {sizes.l_slc}; with heads wider than 64 in float32 they take at most 64"
     return misfit(q.shape[2], v_dim, q.shape[1] // kv_heads, sizes)
 
 

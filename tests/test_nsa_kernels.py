@@ -213,6 +213,14 @@ def test_what_the_kernels_do_not_take_is_named(changes, reason):
 
 
 @interpreted
+@pytest.mark.parametrize("changes", [{"qk_dim": 128}, {"v_dim": 128}], ids=str)
+def test_large_blocks_of_wide_fp32_heads_are_too_much_for_shared_memory(changes):
+    case = replace(SMALL, sizes=replace(SIZES, l_slc=128), **changes)
+    with pytest.raises(ValueError, match=r"l_slc is 128; with heads wider than 64 in float32 they take at most 64"):
+        kernels.attend(case, make_inputs(case, torch.float32))
+
+
+@interpreted
 def test_the_kernels_take_no_fp64():
     with pytest.raises(ValueError, match=r"q is torch.float64; they take bfloat16"):
         kernels.attend(SMALL, make_inputs(SMALL, torch.float64))
