@@ -37,7 +37,8 @@ def check_sizes(cfg: Config, world: int) -> None:
     _check_time_limit(cfg.run.time_limit)
     _check_model(cfg)
     if cfg.attention.kind is Kind.nsa:
-        _check_nsa(cfg.attention)
+        check_nsa(cfg.attention)
+        _check_scores(cfg.attention)
     _check_layout(cfg, world)
 
 
@@ -49,14 +50,13 @@ def _require(ok: bool, key: str, value: object, why: str, fix: str) -> None:
 
 _AT_LEAST_ONE = """
     model.layers model.dim model.heads model.kv_heads model.qk_dim model.v_dim model.mlp_dim
-    attention.l attention.d attention.l_slc attention.n attention.local attention.w
     parallel.tp parallel.pp parallel.timeout data.seq_len
     train.global_batch train.micro_batch train.log_every train.eval_batches checkpoint.keep
     guard.window guard.in_a_row
 """.split()
 _AT_LEAST_ZERO = """
     train.health_every
-    attention.initial optim.lr optim.min_lr optim.warmup optim.weight_decay
+    optim.lr optim.min_lr optim.warmup optim.weight_decay
     train.steps train.eval_every checkpoint.every seed data.read_ahead guard.share guard.rollbacks run.calibrate
 """.split()
 _ABOVE_ZERO = """
@@ -153,7 +153,13 @@ def _check_model(cfg: Config) -> None:
         )  # fmt: skip
 
 
-def _check_nsa(a: Attention) -> None:
+def check_nsa(a: Attention) -> None:
+    """Apply the rules that sparse attention itself depends on. Raises ConfigError with the first one that is broken."""
+    for name in ("l", "d", "l_slc", "n", "local", "w", "initial"):
+        least = 0 if name == "initial" else 1
+        _require(
+            getattr(a, name) >= least, f"attention.{name}", getattr(a, name), "out of range", f"give at least {least}"
+        )
     _require(
         a.l % a.d == 0, "attention.l", a.l,
         f"not divisible by the stride attention.d={a.d}", f"give a multiple of {a.d} (Eq. 9)",
@@ -177,6 +183,9 @@ def _check_nsa(a: Attention) -> None:
         len(set(names)) == len(names), "attention.branches", names,
         "names a branch twice", "give each of cmp, slc, win at most once",
     )  # fmt: skip
+
+
+def _check_scores(a: Attention) -> None:
     _require(
         Branch.slc not in a.branches or Branch.cmp in a.branches or a.compression is Compression.mean,
         "attention.compression", a.compression,

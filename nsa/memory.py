@@ -1,13 +1,15 @@
 """Bytes of NSA's kernels: what they keep of a layer for backward, and what they hold only while they run.
 
-Nothing here imports torch or triton, so that a plan can be made on any machine. The sizes below are the kernels' own
-(nsa/picked.py); a test compares them. Forward holds less beyond what it keeps than backward does.
+Nothing here imports torch or triton, so that a plan can be made on any machine; so the kernels (nsa/picked.py) take
+their sizes from here. Forward holds less beyond what it keeps than backward does.
 """
 
 from dataclasses import dataclass
 
 from configs.schema import Attention, Branch, Compression
 
+# Tokens of a chunk, a multiple of 16 so that no tile of queries is in two: with more of them more is held at once, with
+# fewer backward has more parts of dk and dv. And pairs of a run of backward.
 CHUNK, BACK_RUN = 8192, 256
 
 

@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from configs.schema import Attention
+from nsa.memory import BACK_RUN, CHUNK
 from nsa.score import NONE
 from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, narrow, precision
 
-CHUNK = 8192  # tokens; with more of them more is held, with fewer backward has more parts of dk and dv
-RUN, BACK_RUN = 32, 256  # pairs
+RUN = 32  # pairs of a run forward; backward has BACK_RUN
 FORWARD = {2: Launch(64, 0, 4, 1), 4: Launch(64, 0, 4, 1)}  # by bytes of an element; a tile's keys are one block
 BACKWARD = {2: Launch(64, 0, 4, 2), 4: Launch(32, 0, 8, 1)}
 NARROW_BACKWARD = Launch(128, 0, 4, 2)  # for 16-bit heads of 64 and less
@@ -178,6 +178,7 @@ def _backward(
     G: tl.constexpr, GROUPS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     PICKS: tl.constexpr, SLC: tl.constexpr, BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    """Of a run of pairs dq [chunk, h_kv, picks, G, E + E2], of each stretch dk [h_kv, slots, SLC, E + E2] and dv."""
     group = tl.program_id(1)
     key0 = (chunk * GROUPS + group) * blocks
     i, end = _run(starts, key0, blocks, RUN)
