@@ -28,6 +28,7 @@ from launch.meter import Meter, environment
 from launch.processes import die_with_parent
 from launch.profile import Trace
 from launch.stop import REASONS, Stop
+from launch.waits import Waits
 from parallel import checkpoint, health, mesh, metrics, repeat
 from parallel.comm import agree, host_gather, host_sum, together
 from parallel.engine import Engine
@@ -64,7 +65,8 @@ def train(run: "Run") -> tuple[int, str]:
             run.engine.stopwatch.watch()
         run.clock.enter("step", run.step + 1)
         trace.before(run.step + 1)
-        step = train_step(run)
+        with run.waits.watched(not looks and not due(run.step + 1, cfg.train.log_every)):
+            step = train_step(run)
         meter.count(step.totals.flops, step.totals.dense_flops)
         stop = step.totals.stop
         last = run.step == cfg.train.steps or stop is not None
@@ -109,6 +111,7 @@ class Run:
     meter: Meter
     guard: Guard
     clock: Clock
+    waits: Waits
     saver: Optional[Saver] = None
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
     log: Optional[RunLog] = None  # on rank 0
@@ -200,12 +203,15 @@ def skip_damaged(run: Run, loader: Loader, batches: list[Batch], totals: Totals)
 def write_step(run: Run, step: Step) -> None:
     """Log a step, which waits for the device."""
     measured = run.meter.read()
+    syncs, lines = run.waits.read()
     if run.log:
+        for line in lines:
+            run.log.say(f"the host waits for the GPU in {line}")
         values = {"step": run.step, "tokens": run.tokens, "loss": float(step.loss), "grad_norm": float(step.norm)}
         values |= {"lr": step.lr, "batch": run.loader.batch, "padding": run.padding, "rows_skipped": run.loader.skipped}
         values |= {"updates_skipped": run.guard.skipped, "loss_spikes": run.guard.spikes}
         values["goodput"] = run.clock.goodput()
-        run.log.step({**values, **measured, **run.engine.stopwatch.read()})
+        run.log.step({**values, **measured, **syncs, **run.engine.stopwatch.read()})
 
 
 def write_skipped(run: Run, step: Step) -> None:
@@ -253,6 +259,7 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     cfg = from_text(text)
     check(cfg, dist.get_world_size())
     place = mesh.build(cfg.parallel.tp, cfg.parallel.pp)
+    waits = Waits(cfg, place.device)
     clock = Clock(deadline(cfg.run.time_limit))
     watchdog = hang.Watchdog(clock, place, Path(cfg.run.dir), cfg.parallel.timeout)
     loader = together(lambda: open_loader(cfg, place, "train", sources(cfg.data)), place)
@@ -275,6 +282,7 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         Meter(cfg, place, full),
         Guard(cfg.guard, cfg.train.steps),
         clock,
+        waits,
     )
     run.rollbacks = agree(place, lambda: rollbacks.read(Path(cfg.run.dir)))
     loader.skip += [tuple(r["batches"]) for r in run.rollbacks]

@@ -258,6 +258,7 @@ class Profile:
     """A torch trace (chrome://tracing, Perfetto) of some steps, of each rank, in traces/ of the run."""
 
     steps: Optional[list[int]] = None  # [first, last]; null: none
+    syncs: bool = False  # also tell which lines of code wait for the GPU in steps that log nothing, and how often
 
 
 @dataclass(kw_only=True)

@@ -144,7 +144,7 @@ def chosen(row: Optional[str], rows: str) -> list[Row]:
             names = ", ".join(r.name for r in ROWS)
             raise ConfigError("option", f"--row {row}", "no such row", f"give one of {names}")
     else:
-        found = [r for r in ROWS if r.must and rows in ("all", f"{r.gpus}gpu")]
+        found = [r for r in ROWS if r.gpus and rows in ("all", f"{r.gpus}gpu")]
     needed, there = max(r.gpus for r in found), torch.cuda.device_count()
     if needed > there:
         where = f"--row {row}" if row else f"--rows {rows}"
@@ -186,7 +186,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
     parser = argparse.ArgumentParser(prog="python -m launch.bench", description=(__doc__ or "").split(": ", 1)[1])
     parser.add_argument("--row", help="one of them (see launch/rows.py); tiny needs no GPU")
-    parser.add_argument("--rows", choices=("1gpu", "4gpu", "all"), default="1gpu", help="all of this many GPUs (1gpu)")
+    counts = ("1gpu", "2gpu", "4gpu", "all")
+    parser.add_argument("--rows", choices=counts, default="1gpu", help="all of this many GPUs (1gpu)")
     parser.add_argument("--twins", action=argparse.BooleanOptionalAction, default=True, help="of sparse rows")
     parser.add_argument("--steps", type=int, default=25, help="of each row (25)")
     parser.add_argument("--every", type=int, default=5, help="steps of an interval; the first is warm-up (5)")

@@ -23,7 +23,7 @@ from parallel.host import HostMemory
 from parallel.loss import CrossEntropy
 from parallel.mesh import Mesh
 from parallel.norms import parameter_norms
-from parallel.pipeline import PARTS, Pipeline
+from parallel.pipeline import PARTS, Pipeline, instructions
 from parallel.stopwatch import OTHER, Stopwatch
 from parallel.transformer import Transformer
 
@@ -179,8 +179,8 @@ class Engine:
             reduce = self.deepspeed.allreduce_gradients
             self.deepspeed.allreduce_gradients = self.stopwatch.timed("reduce_gradients", reduce)
         if self.mesh.pp.size > 1:
-            instructions = self.deepspeed._INSTRUCTION_MAP.items()
-            timed = {cmd: self.stopwatch.timed(PARTS.get(cmd, OTHER), do) for cmd, do in instructions}
+            every = instructions(self.deepspeed).items()
+            timed = {cmd: self.stopwatch.timed(PARTS.get(cmd, OTHER), do) for cmd, do in every}
             self.deepspeed._INSTRUCTION_MAP = timed
 
     def _watched_update(self, *args: Any, **kwargs: Any) -> Any:

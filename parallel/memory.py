@@ -14,7 +14,6 @@ from parallel.sizes import Stage, parameters, stages
 # DeepSpeed's, from parallel/engine.py and its defaults: elements of a bucket of gradients, of one all-reduce of all
 # gradients (ZeRO 1), and of the parameters that ZeRO 3 keeps gathered.
 BUCKET, REDUCED_AT_ONCE, GATHERED = 100_000_000, 500_000_000, 1_000_000_000
-OUTPUTS = 2  # micro-batches whose logits DeepSpeed's pipeline holds on to
 WORKSPACE = 32 * 2**20  # cuBLAS on Hopper
 
 
@@ -69,8 +68,6 @@ def _memory(cfg: Config, vocab: int, world: int, stage: Stage) -> Memory:
         logits = width(cfg) * tokens(cfg) * vocab // cfg.parallel.tp
         kept |= {"head": width(cfg) * tokens(cfg) * cfg.model.dim + norm(cfg, fused=False), "logits": logits}
         moments["loss"] = sum(kept.values()) + _loss(cfg, vocab)
-        moments["backward"] += OUTPUTS * logits * (stage.of > 1)
-        moments["loss"] += (OUTPUTS - 1) * logits * (stage.of > 1)
     return Memory(stage, counts, **held, activations=kept, in_flight=flight, moments=moments)
 
 

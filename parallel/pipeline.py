@@ -2,7 +2,8 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import deepspeed
 from deepspeed.pipe import LayerSpec, PipelineModule
@@ -50,3 +51,17 @@ class Pipeline(PipelineModule):
         for layer in self.forward_funcs:
             x = layer(x, documents)
         return x
+
+
+def instructions(engine: Any) -> dict[type, Callable[..., Any]]:
+    """What DeepSpeed's engine does at each instruction of its schedule, without the logits that it would hold on to:
+    the last stage has two places for outputs, that nothing reads, as backward begins at the loss."""
+    do = dict(engine._INSTRUCTION_MAP)
+
+    def forward(self: Any, buffer_id: int) -> None:
+        engine_forward(self, buffer_id)
+        if self.is_last_stage():
+            self.pipe_buffers["outputs"][buffer_id] = None
+
+    engine_forward = do[schedule.ForwardPass]
+    return {**do, schedule.ForwardPass: forward}

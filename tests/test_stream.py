@@ -11,6 +11,7 @@ from data.loader import Loader
 from data.shards import read_manifest
 from launch.clock import Clock
 from launch.stop import Stop
+from launch.waits import Waits
 from parallel import mesh
 from parallel.saver import Saver
 from tests import ranks, tiny
@@ -140,7 +141,9 @@ def _batches_of_one_rank(corpus: str, damaged: str, tp: int) -> list:
     cfg.data.on_bad_shard = OnBadShard.skip
     loader = open_loader(cfg, place, "train", {damaged if place.rank == 1 else corpus: 1.0})
     saver = Saver(Path(damaged).parent / "run", None, place, cfg.checkpoint, print)
-    run = Run(cfg, place, Stop(), loader.vocab_size, loader, None, None, None, None, Clock(), saver)
+    run = Run(
+        cfg, place, Stop(), loader.vocab_size, loader, None, None, None, None, Clock(), Waits(cfg, place.device), saver
+    )
     out = []
     for _ in range(6):
         made, totals = next_batches(run, loader)
