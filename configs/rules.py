@@ -79,6 +79,8 @@ def _check_ranges(cfg: Config) -> None:
         _require(_get(cfg, key) >= 0, key, _get(cfg, key), "out of range", "give at least 0")
     for key in _ABOVE_ZERO:
         _require(_get(cfg, key) > 0, key, _get(cfg, key), "out of range", "give a number above 0")
+    for key in (*_AT_LEAST_ZERO, *_ABOVE_ZERO):
+        _require(_get(cfg, key) < math.inf, key, _get(cfg, key), "out of range", "give a finite number")
     for key in ("optim.beta1", "optim.beta2"):
         _require(0 <= _get(cfg, key) < 1, key, _get(cfg, key), "out of range", "give a number from 0 to below 1")
     for key in ("model.vocab_size", "attention.phi_hidden", "data.random"):
@@ -187,6 +189,7 @@ def _check_nsa(a: Attention) -> None:
 
 def _check_layout(cfg: Config, world: int) -> None:
     p, m, t = cfg.parallel, cfg.model, cfg.train
+    _require(world >= 1, "processes", world, "a run has at least one", "give a positive number of nodes and processes")
     _require(
         world % (p.tp * p.pp) == 0, "parallel.tp*pp", p.tp * p.pp,
         f"does not divide the {world} processes", "start a multiple of tp*pp processes, or change tp or pp",

@@ -1,10 +1,10 @@
 """python -m launch.doctor: is this machine fit for a run? One line a check: what was found, what is wrong, what to do.
 
 Started as a job of several processes, as in `torchrun --nproc-per-node 8 launch/doctor.py`, it looks at each node and
-at what is between them. Exit codes: 0 if nothing is wrong (a warning is not), 1 otherwise.
+at what is between them. Exit codes: 0 if nothing is wrong (a warning is not), 1 otherwise,
+64 for a bad option.
 """
 
-import argparse
 import importlib.metadata
 import multiprocessing
 import os
@@ -24,6 +24,9 @@ from typing import Optional
 
 import torch
 import torch.distributed as dist
+
+from configs.errors import ConfigError
+from configs.options import Options, number, place
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -287,10 +290,16 @@ def _compared(told: list[tuple[str, float, list[Finding]]]) -> Iterator[Finding]
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
-    parser = argparse.ArgumentParser(prog="python -m launch.doctor", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("--run", type=Path, default=Path("runs"), help="where runs will lie")
-    parser.add_argument("--processes", type=int, default=max(2, torch.cuda.device_count()), help="for all-reduce")
-    args = parser.parse_args(argv)
+    parser = Options("python -m launch.doctor", __doc__.split(": ", 1)[1])
+    parser.add_argument("--run", type=place, default=Path("runs"), help="where runs will lie")
+    parser.add_argument(
+        "--processes", type=number(int, 1), default=max(2, torch.cuda.device_count()), help="for all-reduce"
+    )
+    try:
+        args = parser.parse_args(argv)
+    except ConfigError as e:
+        print(e, file=sys.stderr, flush=True)
+        return e.code
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         found: Iterable[Finding] = job(args.run)
     else:
