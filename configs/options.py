@@ -1,4 +1,4 @@
-"""Command lines of the modules beside train.py: a mistake is a ConfigError, one line and code 64. Standard library only."""
+"""Command lines of the modules beside train.py: a mistake is a ConfigError, one line and code 64. Standard library."""
 
 import argparse
 import math
@@ -47,12 +47,11 @@ def place(text: str) -> Path:
 
 
 def write(option: str, path: Path, text: str) -> None:
-    """Make a file whole or not at all, and the directories above it. Raises ConfigError that names the option."""
+    """Make a file, whole or not at all. Raises ConfigError that names the option."""
     try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "is a directory")
+        if path.exists() and not path.is_file():  # nor is a device to be replaced
+            raise OSError(None, "is no file")
         temporary = path.with_name(path.name + ".tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as e:

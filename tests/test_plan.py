@@ -93,8 +93,8 @@ def test_advice_is_true():
 
 
 MISTAKES = [
-    ("--gpus 0", "--gpus 0"),
-    ("--network -1", "--network -1.0"),
+    ("--gpus 0", "--gpus: 0"),
+    ("--network -1", "--network: -1"),
     ("oops", "oops"),
     ("model=nothing", "nothing"),
     ("parallel.tp=2 --gpus 3", "3 processes"),
