@@ -11,6 +11,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Optional
 
+# Read when torch is loaded: threads that spin at barriers cost most of the speed of a CPU that has other work too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 import torch.distributed as dist
 
