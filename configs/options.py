@@ -47,10 +47,11 @@ def place(text: str) -> Path:
 
 
 def write(option: str, path: Path, text: str) -> None:
-    """Make a file, whole or not at all. Raises ConfigError that names the option."""
+    """Make a file, whole or not at all, and the folders above it. Raises ConfigError that names the option."""
     try:
         if path.exists() and not path.is_file():  # nor is a device to be replaced
             raise OSError(None, "is no file")
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)

@@ -31,7 +31,6 @@ MISTAKES = [  # command, exit code, what the line must say
     ("launch.export run", 64, "required: DIR"),
     ("launch.export EMPTY out", 64, "RUN: is empty"),
     ("launch.export nowhere out", 66, "nowhere: not readable"),
-    ("launch.doctor --processes 0", 64, "--processes: 0"),
     ("data.prepare --input EMPTY --output out", 64, "--input: is empty"),
     ("data.prepare --input file --output EMPTY", 64, "--output: is empty"),
     ("data.prepare --input file --output out --limit-mb inf", 64, "--limit-mb: inf"),
