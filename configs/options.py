@@ -49,8 +49,8 @@ def place(text: str) -> Path:
 def write(option: str, path: Path, text: str) -> None:
     """Make a file, whole or not at all, and the folders above it. Raises ConfigError that names the option."""
     try:
-        if path.exists() and not path.is_file():  # nor is a device to be replaced
-            raise OSError(None, "is no file")
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # /dev/stdout is not to be replaced
+            raise OSError(None, "is no file of its own")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(text, encoding="utf-8")

@@ -35,6 +35,9 @@ def check_sizes(cfg: Config, world: int) -> None:
         ok = len(span) == 2 and 1 <= span[0] <= span[1]
         _require(ok, "data.skip", cfg.data.skip, "no spans of batches", "give [[first, last], ...], counted from 1")
     _check_time_limit(cfg.run.time_limit)
+    name = cfg.wandb.project
+    ok = bool(name.strip()) and not set(name) & set("/\\#?%:")
+    _require(ok, "wandb.project", name, "no name of a W&B project", "give one without / \\ # ? % :")
     _check_model(cfg)
     if cfg.attention.kind is Kind.nsa:
         _check_nsa(cfg.attention)
