@@ -68,7 +68,9 @@ def changes(runs: list[Measured]) -> Optional[Table]:
     rows = differences([{k: v for k, v in r.config.items() if k not in NO_OPTION} for r in runs])
     if not rows:
         return None
-    out = Table("option", *(r.name for r in runs), title="configurations where they differ")
+    out = Table("option", title="configurations where they differ")
+    for run in runs:
+        out.add_column(run.name, overflow="fold")  # whole: runs of a sweep may differ in the last letter
     for key, values in rows.items():
         out.add_row(key, *map(str, values))
     return out
