@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import webdataset
 
+from configs.errors import ConfigError
 from configs.options import Options, number, place, write
 from configs.schema import LongDocuments
 from data import command, documents, tokenizer
@@ -223,6 +224,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         args = p.parse_args(argv)
+        if args.directory and not Path(args.directory).is_dir():
+            raise ConfigError("option", f"--directory {args.directory}", "is no directory", "give one that is there")
         figures = measure(args.tokens, args.shard_tokens, args.passes, args.directory)
         show(figures)
         if args.json:

@@ -37,6 +37,7 @@ MISTAKES = [  # command, exit code, what the line must say
     ("data.prepare --input file --output out --tokenizer bpe:99999999999", 65, "at most"),
     ("data.inspect EMPTY", 64, "is empty"),
     ("data.bench --passes 0", 64, "--passes: 0"),
+    ("data.bench --directory nowhere", 64, "--directory nowhere"),
     ("nsa.bench --tflops 0", 64, "--tflops: 0"),
 ]
 
