@@ -11,6 +11,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Optional
 
+# Read when torch is loaded: threads that spin at barriers cost most of the speed of a CPU that has other work too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 import torch.distributed as dist
 
@@ -268,8 +271,10 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     vocab = vocabulary(cfg, loader)
     found = checkpoint.find(Path(cfg.run.dir), place, cfg.resume, describe(cfg, place, vocab))
     here = environment(place, loader.fingerprint)
-    full = baseline.find(cfg, text, here, place, vocab, lambda: open_loader(cfg, place, "train", sources(cfg.data)))
+    if cfg.train.start_from and not found:
+        checkpoint.check_model(Path(cfg.train.start_from), place, describe(cfg, place, vocab))
     with memory.explained(place):
+        full = baseline.find(cfg, text, here, place, vocab, lambda: open_loader(cfg, place, "train", sources(cfg.data)))
         engine = Engine(cfg, vocab, place)
     run = Run(
         cfg,
@@ -289,7 +294,7 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     if found:
         run.restore(*found)
     elif cfg.train.start_from:
-        checkpoint.begin(Path(cfg.train.start_from), run.engine, place, describe(cfg, place, vocab))
+        run.engine.load(Path(cfg.train.start_from))
     run.saver = Saver(Path(cfg.run.dir), run.engine, place, cfg.checkpoint, lambda figures: log_save(run, figures))
     if place.rank == 0:
         run.log = RunLog(cfg, text, here, run.wandb_id)

@@ -35,6 +35,9 @@ def check_sizes(cfg: Config, world: int) -> None:
         ok = len(span) == 2 and 1 <= span[0] <= span[1]
         _require(ok, "data.skip", cfg.data.skip, "no spans of batches", "give [[first, last], ...], counted from 1")
     _check_time_limit(cfg.run.time_limit)
+    name = cfg.wandb.project
+    ok = bool(name.strip()) and not set(name) & set("/\\#?%:")
+    _require(ok, "wandb.project", name, "no name of a W&B project", "give one without / \\ # ? % :")
     _check_model(cfg)
     if cfg.attention.kind is Kind.nsa:
         check_nsa(cfg.attention)
@@ -79,6 +82,8 @@ def _check_ranges(cfg: Config) -> None:
         _require(_get(cfg, key) >= 0, key, _get(cfg, key), "out of range", "give at least 0")
     for key in _ABOVE_ZERO:
         _require(_get(cfg, key) > 0, key, _get(cfg, key), "out of range", "give a number above 0")
+    for key in (*_AT_LEAST_ZERO, *_ABOVE_ZERO):
+        _require(_get(cfg, key) < math.inf, key, _get(cfg, key), "out of range", "give a finite number")
     for key in ("optim.beta1", "optim.beta2"):
         _require(0 <= _get(cfg, key) < 1, key, _get(cfg, key), "out of range", "give a number from 0 to below 1")
     for key in ("model.vocab_size", "attention.phi_hidden", "data.random"):
@@ -196,6 +201,7 @@ def _check_scores(a: Attention) -> None:
 
 def _check_layout(cfg: Config, world: int) -> None:
     p, m, t = cfg.parallel, cfg.model, cfg.train
+    _require(world >= 1, "processes", world, "a run has at least one", "give a positive number of nodes and processes")
     _require(
         world % (p.tp * p.pp) == 0, "parallel.tp*pp", p.tp * p.pp,
         f"does not divide the {world} processes", "start a multiple of tp*pp processes, or change tp or pp",
