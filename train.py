@@ -6,10 +6,14 @@ Exit codes are in configs/errors.py.
 
 import os
 import sys
+import time
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Optional
+
+# Read when torch is loaded: threads that spin at barriers cost most of the speed of a CPU that has other work too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.distributed as dist
@@ -28,6 +32,7 @@ from launch.meter import Meter, environment
 from launch.processes import die_with_parent
 from launch.profile import Trace
 from launch.stop import REASONS, Stop
+from launch.stragglers import Stragglers
 from launch.waits import Waits
 from parallel import checkpoint, health, mesh, metrics, repeat
 from parallel.comm import agree, host_gather, host_sum, together
@@ -112,6 +117,7 @@ class Run:
     guard: Guard
     clock: Clock
     waits: Waits
+    stragglers: Stragglers
     saver: Optional[Saver] = None
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
     log: Optional[RunLog] = None  # on rank 0
@@ -149,6 +155,8 @@ class Totals:
     dense_flops: int  # that its full-attention twin would need
     padding: int  # tokens of no document
     stop: Optional[tuple[int, str]]  # exit code and reason, if some rank was asked to stop
+    retries: int  # requests for data that were made again
+    before: float  # seconds of the step in which this rank waited for no other
 
 
 @dataclass(frozen=True)
@@ -174,15 +182,16 @@ def next_batches(run: Run, loader: Loader | RandomRows) -> tuple[list[Batch], To
     padding = sum(b.padding for b in batches)
     asked = run.stop.asked(Path(run.cfg.run.dir)) or run.clock.asked()
     counts = [targets, flops, dense, padding]
-    facts = [error is not None, bool(loader.damaged), run.saver.finished]
+    facts = [error is not None, bool(loader.damaged), run.saver.finished, loader.retries]
+    before = time.monotonic() - run.clock.since
     sums = host_sum([*facts, *(asked == reason for reason in REASONS), *counts], run.mesh)
     if sums[0]:
         raise next(e for e in host_gather(error, run.mesh) if e)
     if sums[2] == run.mesh.world:
         run.saver.wait()
-    stop = next((REASONS[reason] for reason, count in zip(REASONS, sums[3:]) if count), None)
+    stop = next((REASONS[reason] for reason, count in zip(REASONS, sums[4:]) if count), None)
     same = run.mesh.tp.size * run.mesh.pp.size  # this many ranks hold each row
-    totals = Totals(*(s // same for s in sums[3 + len(REASONS) :]), stop)
+    totals = Totals(*(s // same for s in sums[4 + len(REASONS) :]), stop, sums[3], before)
     return skip_damaged(run, loader, batches, totals) if sums[1] else (batches, totals)
 
 
@@ -202,7 +211,8 @@ def skip_damaged(run: Run, loader: Loader, batches: list[Batch], totals: Totals)
 
 def write_step(run: Run, step: Step) -> None:
     """Log a step, which waits for the device."""
-    measured = run.meter.read()
+    measured, parts = run.meter.read(), run.engine.stopwatch.read()
+    measured |= run.stragglers.look(step.totals.before, parts, measured["step_s"])
     syncs, lines = run.waits.read()
     if run.log:
         for line in lines:
@@ -210,8 +220,10 @@ def write_step(run: Run, step: Step) -> None:
         values = {"step": run.step, "tokens": run.tokens, "loss": float(step.loss), "grad_norm": float(step.norm)}
         values |= {"lr": step.lr, "batch": run.loader.batch, "padding": run.padding, "rows_skipped": run.loader.skipped}
         values |= {"updates_skipped": run.guard.skipped, "loss_spikes": run.guard.spikes}
-        values["goodput"] = run.clock.goodput()
-        run.log.step({**values, **measured, **syncs, **run.engine.stopwatch.read()})
+        values |= {"goodput": run.clock.goodput(), "data/retries": step.totals.retries}
+        run.log.step({**values, **measured, **syncs, **parts})
+        if run.stragglers.news:
+            run.log.say(run.stragglers.news)
 
 
 def write_skipped(run: Run, step: Step) -> None:
@@ -268,8 +280,10 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
     vocab = vocabulary(cfg, loader)
     found = checkpoint.find(Path(cfg.run.dir), place, cfg.resume, describe(cfg, place, vocab))
     here = environment(place, loader.fingerprint)
-    full = baseline.find(cfg, text, here, place, vocab, lambda: open_loader(cfg, place, "train", sources(cfg.data)))
+    if cfg.train.start_from and not found:
+        checkpoint.check_model(Path(cfg.train.start_from), place, describe(cfg, place, vocab))
     with memory.explained(place):
+        full = baseline.find(cfg, text, here, place, vocab, lambda: open_loader(cfg, place, "train", sources(cfg.data)))
         engine = Engine(cfg, vocab, place)
     run = Run(
         cfg,
@@ -283,13 +297,14 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         Guard(cfg.guard, cfg.train.steps),
         clock,
         waits,
+        Stragglers(place),
     )
     run.rollbacks = agree(place, lambda: rollbacks.read(Path(cfg.run.dir)))
     loader.skip += [tuple(r["batches"]) for r in run.rollbacks]
     if found:
         run.restore(*found)
     elif cfg.train.start_from:
-        checkpoint.begin(Path(cfg.train.start_from), run.engine, place, describe(cfg, place, vocab))
+        run.engine.load(Path(cfg.train.start_from))
     run.saver = Saver(Path(cfg.run.dir), run.engine, place, cfg.checkpoint, lambda figures: log_save(run, figures))
     if place.rank == 0:
         run.log = RunLog(cfg, text, here, run.wandb_id)

@@ -35,9 +35,13 @@ def check_sizes(cfg: Config, world: int) -> None:
         ok = len(span) == 2 and 1 <= span[0] <= span[1]
         _require(ok, "data.skip", cfg.data.skip, "no spans of batches", "give [[first, last], ...], counted from 1")
     _check_time_limit(cfg.run.time_limit)
+    name = cfg.wandb.project
+    ok = bool(name.strip()) and not set(name) & set("/\\#?%:")
+    _require(ok, "wandb.project", name, "no name of a W&B project", "give one without / \\ # ? % :")
     _check_model(cfg)
     if cfg.attention.kind is Kind.nsa:
-        _check_nsa(cfg.attention)
+        check_nsa(cfg.attention)
+        _check_scores(cfg.attention)
     _check_layout(cfg, world)
 
 
@@ -49,14 +53,13 @@ def _require(ok: bool, key: str, value: object, why: str, fix: str) -> None:
 
 _AT_LEAST_ONE = """
     model.layers model.dim model.heads model.kv_heads model.qk_dim model.v_dim model.mlp_dim
-    attention.l attention.d attention.l_slc attention.n attention.local attention.w
     parallel.tp parallel.pp parallel.timeout data.seq_len
     train.global_batch train.micro_batch train.log_every train.eval_batches checkpoint.keep
     guard.window guard.in_a_row
 """.split()
 _AT_LEAST_ZERO = """
     train.health_every
-    attention.initial optim.lr optim.min_lr optim.warmup optim.weight_decay
+    optim.lr optim.min_lr optim.warmup optim.weight_decay
     train.steps train.eval_every checkpoint.every seed data.read_ahead guard.share guard.rollbacks run.calibrate
 """.split()
 _ABOVE_ZERO = """
@@ -79,6 +82,8 @@ def _check_ranges(cfg: Config) -> None:
         _require(_get(cfg, key) >= 0, key, _get(cfg, key), "out of range", "give at least 0")
     for key in _ABOVE_ZERO:
         _require(_get(cfg, key) > 0, key, _get(cfg, key), "out of range", "give a number above 0")
+    for key in (*_AT_LEAST_ZERO, *_ABOVE_ZERO):
+        _require(_get(cfg, key) < math.inf, key, _get(cfg, key), "out of range", "give a finite number")
     for key in ("optim.beta1", "optim.beta2"):
         _require(0 <= _get(cfg, key) < 1, key, _get(cfg, key), "out of range", "give a number from 0 to below 1")
     for key in ("model.vocab_size", "attention.phi_hidden", "data.random"):
@@ -153,7 +158,13 @@ def _check_model(cfg: Config) -> None:
         )  # fmt: skip
 
 
-def _check_nsa(a: Attention) -> None:
+def check_nsa(a: Attention) -> None:
+    """Apply the rules that sparse attention itself depends on. Raises ConfigError with the first one that is broken."""
+    for name in ("l", "d", "l_slc", "n", "local", "w", "initial"):
+        least = 0 if name == "initial" else 1
+        _require(
+            getattr(a, name) >= least, f"attention.{name}", getattr(a, name), "out of range", f"give at least {least}"
+        )
     _require(
         a.l % a.d == 0, "attention.l", a.l,
         f"not divisible by the stride attention.d={a.d}", f"give a multiple of {a.d} (Eq. 9)",
@@ -177,6 +188,9 @@ def _check_nsa(a: Attention) -> None:
         len(set(names)) == len(names), "attention.branches", names,
         "names a branch twice", "give each of cmp, slc, win at most once",
     )  # fmt: skip
+
+
+def _check_scores(a: Attention) -> None:
     _require(
         Branch.slc not in a.branches or Branch.cmp in a.branches or a.compression is Compression.mean,
         "attention.compression", a.compression,
@@ -187,6 +201,7 @@ def _check_nsa(a: Attention) -> None:
 
 def _check_layout(cfg: Config, world: int) -> None:
     p, m, t = cfg.parallel, cfg.model, cfg.train
+    _require(world >= 1, "processes", world, "a run has at least one", "give a positive number of nodes and processes")
     _require(
         world % (p.tp * p.pp) == 0, "parallel.tp*pp", p.tp * p.pp,
         f"does not divide the {world} processes", "start a multiple of tp*pp processes, or change tp or pp",

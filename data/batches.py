@@ -73,7 +73,8 @@ def show(run: Path, step: int) -> None:
     """Print the rows of a step: their documents with shard, place, first tokens and the beginning of the text."""
     loader, number, first = find(run, step)
     encoding = _encoding(loader)
-    print(f"{run}: step {step} took batch {number}, rows {first} to {first + loader.global_batch - 1}")
+    took = "took" if step <= _last(run) else "is not logged; it takes, unless the run goes back,"
+    print(f"{run}: step {step} {took} batch {number}, rows {first} to {first + loader.global_batch - 1}")
     for row in range(first, first + loader.global_batch):
         try:
             found = parts(loader, row)
@@ -85,6 +86,13 @@ def show(run: Path, step: int) -> None:
             text = json.dumps(encoding.decode(p.ids[:TOKENS]), ensure_ascii=False)
             ids = " ".join(map(str, p.ids[:8]))
             print(f"  {p.shard} [{p.begin}:{p.begin + len(p.ids)}]  ids {ids}{' ...' * (len(p.ids) > 8)}  {text}")
+
+
+def _last(run: Path) -> int:
+    """The last step that is logged."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return max((json.loads(line).get("step", 0) for line in lines if line.endswith("\n")), default=0)
 
 
 def _encoding(loader: Loader) -> Any:

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 import webdataset
 
+from configs.errors import ConfigError
+from configs.options import Options, number, place, write
 from configs.schema import LongDocuments
 from data import command, documents, tokenizer
 from data.documents import Odd, Portion, Span, find
@@ -213,19 +215,21 @@ def show(figures: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
-    p, number = command.options("python -m data.bench", __doc__), command.number
+    p = Options("python -m data.bench", (__doc__ or "").splitlines()[0])
     p.add_argument("--tokens", type=number(int, 1), default=64 << 20, help="of the synthetic corpus")
     p.add_argument("--shard-tokens", type=number(int, 1000), default=8 << 20, help="of its shards")
     p.add_argument("--passes", type=number(int, 1), default=3, help="over each subject")
     p.add_argument("--directory", help="where to make the corpus (default: the system's temporary one)")
-    p.add_argument("--json", help="write the figures there")
+    p.add_argument("--json", type=place, help="write the figures there")
 
     def work() -> None:
         args = p.parse_args(argv)
+        if args.directory and not Path(args.directory).is_dir():
+            raise ConfigError("option", f"--directory {args.directory}", "is no directory", "give one that is there")
         figures = measure(args.tokens, args.shard_tokens, args.passes, args.directory)
         show(figures)
         if args.json:
-            Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+            write("--json", args.json, json.dumps(figures, indent=1) + "\n")
 
     return command.run(work)
 

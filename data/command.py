@@ -1,35 +1,12 @@
-"""What the commands of this package share: options, one line for a mistake, and a progress bar."""
+"""What the commands of this package share: how they end, and a progress bar."""
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn, Optional
 
-from configs.errors import PREEMPTED, ConfigError, exit_code
+from configs.errors import PREEMPTED, exit_code
 
 BAR = 30  # letters
-
-
-class Options(argparse.ArgumentParser):
-    """A command line whose mistakes are ConfigErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises ConfigError."""
-        raise ConfigError("option", self.prog, message, "see --help")
-
-
-def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
-    """The type of an option that is a number from `low` to `high`."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not within {low} and {high}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says it of what is no number at all
-    return parse
 
 
 def run(work: Callable[[], None]) -> int:
@@ -75,8 +52,3 @@ def _clock(seconds: float) -> str:
     if seconds == float("inf"):
         return "?"
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
-def options(prog: str, about: Optional[str]) -> Options:
-    """The options of a command; `about` is its module's docstring."""
-    return Options(prog=prog, description=(about or "").splitlines()[0])

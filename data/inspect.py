@@ -8,6 +8,7 @@ from typing import Optional
 import numpy as np
 
 from configs.errors import DataError
+from configs.options import Options, number, place
 from data import batches, command
 from data.shards import Manifest, Shard, ShardEntry, read_manifest
 from data.tokenizer import load
@@ -17,12 +18,12 @@ PERCENTILES = {"least": 0, "10%": 10, "median": 50, "90%": 90, "99%": 99, "most"
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
-    p = command.options("python -m data.inspect", __doc__)
-    p.add_argument("directory", type=Path, help="of a data set, or with --batch of a run")
-    p.add_argument("--batch", type=command.number(int, 1), metavar="STEP", help="print what this step was trained on")
-    p.add_argument("--document", type=command.number(int, 0), help="print the text of this one, counted from 0")
+    p = Options("python -m data.inspect", (__doc__ or "").splitlines()[0])
+    p.add_argument("directory", type=place, help="of a data set, or with --batch of a run")
+    p.add_argument("--batch", type=number(int, 1), metavar="STEP", help="print what this step was trained on")
+    p.add_argument("--document", type=number(int, 0), help="print the text of this one, counted from 0")
     p.add_argument("--split", default="train", help="that the document is of")
-    p.add_argument("--histogram", type=Path, help="where to draw the lengths (default: DIR/lengths.png)")
+    p.add_argument("--histogram", type=place, help="where to draw the lengths (default: DIR/lengths.png)")
     p.add_argument("--verify", action="store_true", help="compare every hash")
 
     def work() -> None:

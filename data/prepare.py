@@ -26,6 +26,7 @@ from typing import Any, Optional
 import numpy as np
 
 from configs.errors import DataError, RunError
+from configs.options import Options, filled, number
 from data import command, documents, index, tokenizer
 from data.documents import Odd, Portion
 from data.shards import ShardEntry, describe, read_manifest, write_manifest, write_shard
@@ -37,10 +38,10 @@ PLAN = "plan.json"  # in OUTPUT.part: the options, and which input they were giv
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
-    p, number = command.options("python -m data.prepare", __doc__), command.number
-    p.add_argument("--input", nargs="+", required=True, help="files and directories (text, source trees, .jsonl, "
-                   ".jsonl.gz, .jsonl.zst, .parquet), or stdlib")  # fmt: skip
-    p.add_argument("--output", required=True, help="directory to make")
+    p = Options("python -m data.prepare", (__doc__ or "").splitlines()[0])
+    p.add_argument("--input", nargs="+", type=filled, required=True, help="files and directories (text, source "
+                   "trees, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), or stdlib")  # fmt: skip
+    p.add_argument("--output", type=filled, required=True, help="directory to make")
     p.add_argument("--tokenizer", default="bpe:8192", help="gpt2, cl100k_base, o200k_base, bpe:SIZE or a rank file")
     p.add_argument("--workers", type=number(int, 1), default=os.cpu_count() or 1, help="processes that tokenize")
     p.add_argument("--include", default="*", help="pattern of the file names taken from directories")

@@ -12,6 +12,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from configs.errors import DataError
 
+LARGEST = 2**22  # tokens of a vocabulary that is trained here
 END = "<|endoftext|>"
 NAMES = ("gpt2", "cl100k_base", "o200k_base")
 
@@ -63,6 +64,8 @@ def train(texts: Iterable[str], size: int) -> dict[bytes, int]:
     """Ranks of a byte-pair vocabulary of `size` tokens, the end-of-text token included; fewer if the text is small."""
     if size < 257:
         raise DataError("tokenizer", f"bpe:{size}", "smaller than the 256 bytes and the end-of-text token", "give more")
+    if size > LARGEST:
+        raise DataError("tokenizer", f"bpe:{size}", "larger than any vocabulary in use", f"give at most {LARGEST}")
     model = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import ConfigError, RunError, exit_code
+from configs.options import Options, number, place, write
 from launch import plan
 from launch.cluster import GIB, GPUS, Cluster
 from launch.rows import ROWS, Row
@@ -174,25 +175,22 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def _write(path: Path, results: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(temporary, path)
-    except OSError as e:
-        raise ConfigError("option", f"--json {path}", f"not writable ({e.strerror})", "give another file") from e
+    write("--json", path, json.dumps(results, indent=1) + "\n")
 
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
-    parser = argparse.ArgumentParser(prog="python -m launch.bench", description=(__doc__ or "").split(": ", 1)[1])
+    parser = Options("python -m launch.bench", (__doc__ or "").split(": ", 1)[1])
     parser.add_argument("--row", help="one of them (see launch/rows.py); tiny needs no GPU")
     counts = ("1gpu", "2gpu", "4gpu", "all")
     parser.add_argument("--rows", choices=counts, default="1gpu", help="all of this many GPUs (1gpu)")
     parser.add_argument("--twins", action=argparse.BooleanOptionalAction, default=True, help="of sparse rows")
-    parser.add_argument("--steps", type=int, default=25, help="of each row (25)")
-    parser.add_argument("--every", type=int, default=5, help="steps of an interval; the first is warm-up (5)")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds of each run (600)")
-    parser.add_argument("--json", type=Path, default=Path("bench.json"), help="the figures (bench.json)")
+    parser.add_argument("--steps", type=number(int, 1), default=25, help="of each row (25)")
+    parser.add_argument(
+        "--every", type=number(int, 1), default=5, help="steps of an interval; the first is warm-up (5)"
+    )
+    parser.add_argument("--limit", type=number(float, 1), default=600.0, help="seconds of each run (600)")
+    parser.add_argument("--json", type=place, default=Path("bench.json"), help="the figures (bench.json)")
     return exit_code(lambda: bench(parser.parse_args(argv)))
 
 

@@ -1,10 +1,9 @@
 """python -m launch.compare RUN...: what runs cost and reached, side by side, with where each was measured.
 
 Prints a table and writes an HTML report. RUN is a run directory, or one that holds several, such as a sweep's.
-Exit codes: 0; 64 for a bad --output; 66 for what is no run.
+Exit codes: 0; 64 for a bad option; 66 for what is no run.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import CheckpointError, ConfigError, exit_code
+from configs.options import Options, filled, place, write
 from launch.runs import Measured, differences, find, read
 
 COLUMNS = {  # heading: how to show it
@@ -68,7 +68,9 @@ def changes(runs: list[Measured]) -> Optional[Table]:
     rows = differences([{k: v for k, v in r.config.items() if k not in NO_OPTION} for r in runs])
     if not rows:
         return None
-    out = Table("option", *(r.name for r in runs), title="configurations where they differ")
+    out = Table("option", title="configurations where they differ")
+    for run in runs:
+        out.add_column(run.name, overflow="fold")  # whole: runs of a sweep may differ in the last letter
     for key, values in rows.items():
         out.add_row(key, *map(str, values))
     return out
@@ -174,19 +176,22 @@ def compare(directories: list[str], output: Path) -> None:
         console.print(more)
     for line in [*ratios(runs), *warnings(runs)]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(report.page(runs), encoding="utf-8")
+    write("--output", output, report.page(runs))
     console.print(f"report: {output}", highlight=False, soft_wrap=True, markup=False)
 
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
-    parser = argparse.ArgumentParser(prog="python -m launch.compare", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or one that holds several")
-    parser.add_argument("--output", type=Path, default=Path("compare.html"), help="the report (.html)")
+    parser = Options("python -m launch.compare", __doc__.split(": ", 1)[1])
+    parser.add_argument("runs", nargs="+", type=filled, metavar="RUN", help="run directory, or one that holds several")
+    parser.add_argument("--output", type=place, default=Path("compare.html"), help="the report (.html)")
     parser.add_argument("--finished", action="store_true", help="leave out, with a line, RUNs that are not done")
-    args = parser.parse_args(argv)
-    return exit_code(lambda: compare(finished(args.runs) if args.finished else args.runs, args.output))
+
+    def work() -> None:
+        args = parser.parse_args(argv)
+        compare(finished(args.runs) if args.finished else args.runs, args.output)
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

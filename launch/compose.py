@@ -6,13 +6,15 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,6 +26,7 @@ from configs.schema import Config, Kind, Twin
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MULTIRUN = {"-m", "--multirun"}
+OF_HYDRA = ("hydra.sweeper.", "hydra.searchpath", "hydra.verbose")  # what of Hydra itself may be set
 
 
 Rules = Callable[[Config, int], None]
@@ -37,6 +40,7 @@ def compose(world: int, rules: Rules = check) -> Optional[str]:
     if is_multirun():
         why, fix = "several processes start one run", "give -m to launch/local.sh, python train.py or launch.submit"
         raise ConfigError("config", "--multirun", why, fix)
+    _check_overrides(sys.argv[1:])
     texts: list[str] = []
     _call_hydra(lambda raw: texts.append(_resolved(raw, world, rules)))
     return texts[0] if texts else None
@@ -49,8 +53,7 @@ def is_multirun() -> bool:
 
 def compose_all(world: int) -> list[tuple[list[str], str]]:
     """The runs that a multirun command line asks for, in Hydra's order: overrides of each, and what `compose` gives."""
-    if any(arg.startswith("hydra.sweep.") for arg in sys.argv):
-        raise ConfigError("config", "hydra.sweep", "has no use here", "give run.dir=DIR, the folder of the runs")
+    _check_overrides(sys.argv[1:])
     jobs: list[tuple[list[str], str]] = []
     program, *typed = sys.argv
     typed = [arg for arg in typed if arg not in MULTIRUN]
@@ -62,6 +65,8 @@ def compose_all(world: int) -> list[tuple[list[str], str]]:
             _call_hydra(lambda raw: jobs.append((list(HydraConfig.get().overrides.task), _resolved(raw, world))))
         finally:
             sys.argv = [program, *typed]
+    if not jobs and not any(arg.startswith("-") for arg in typed):  # nor was Hydra asked to show something
+        raise ConfigError("config", "--multirun", "an option has no values, so there is no run", "give it some")
     return jobs
 
 
@@ -71,14 +76,42 @@ def _call_hydra(task: Callable[[DictConfig], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing a page and leaving with 1
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):  # argparse writes its usage there before it leaves
+        with _explained(), contextlib.redirect_stderr(said):  # argparse writes its usage there before it leaves
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(task)()
-    except (HydraException, OmegaConfBaseException, YAMLError) as e:
-        raise ConfigError("config", *_explain(e)) from e
     except SystemExit as e:
         if e.code:
             why = said.getvalue().strip().rsplit("error: ", 1)[-1]
             raise ConfigError("config", "command line", why, "options are KEY=VALUE; see python train.py --help") from e
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Raises ConfigError for what Hydra and its parts raise."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, YAMLError) as e:
+        raise ConfigError("config", *_explain(e)) from e
+
+
+def _check_overrides(typed: list[str]) -> None:
+    """Those of a command line, before Hydra takes them. Raises ConfigError."""
+    with _explained():
+        for override in OverridesParser.create().parse_overrides([arg for arg in typed if re.match("[^-].*=|=", arg)]):
+            _check_override(override)
+
+
+def _check_override(override: Override) -> None:
+    """What Hydra takes and should not. Raises ConfigError."""
+    key, value = override.key_or_group, override.value()
+    if not key:
+        raise ConfigError("config", override.input_line, "names no option", "options are KEY=VALUE")
+    if key.startswith(("hydra.", "hydra/")) and not key.startswith(OF_HYDRA):
+        raise ConfigError("config", key, "has no use here", "give run.dir=DIR, where the run or the runs will lie")
+    names = sorted(path.stem for path in (CONFIGS / key).glob("*.yaml"))
+    values = value.list if isinstance(value, ChoiceSweep) else [] if override.is_sweep_override() else [value]
+    if names and not override.is_delete() and not all(isinstance(value, str) for value in values):
+        fix = f"give one of {', '.join(names)}, or leave it out"
+        raise ConfigError("config", override.input_line, f"{key} is the name of a file in configs/{key}", fix)
 
 
 def from_text(text: str) -> Config:
@@ -120,4 +153,7 @@ def _explain(error: Any) -> tuple[str, str, str]:
     noise = r"(full_key|object_type|reference_type|See https|To append|Config search path|provider=)"
     why = " ".join(line for line in lines[:12] if not re.match(noise, line))
     where = key.group(1) if key else "command line"
+    if "LexerNoViableAltException" in why:
+        why = why.replace("LexerNoViableAltException: ", "a quote or bracket that Hydra reads, in ")
+        return where, why.rstrip(" ^"), """quote it for Hydra, inside the shell's quotes: 'run.dir="runs/my run"'"""
     return where, why.rstrip("."), "python train.py --cfg job shows every option, --help the groups"

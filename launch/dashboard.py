@@ -1,15 +1,15 @@
 """python -m launch.dashboard: create the W&B workspace that compares the runs of a project.
 
 Each time it is called it creates a view of its own; those of others stay. --output writes what would be sent instead.
-Exit codes: 0; 64 not logged in; 75 for a server that does not answer (try again).
+Exit codes: 0; 64 for a bad option, or not logged in; 75 for a server that does not answer (try again).
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Optional
 
 from configs.errors import ConfigError, exit_code
+from configs.options import Options, filled, place, write
 from launch.tracking import ServerError, has_key, reason
 
 TOKENS = "tokens"  # the axis of every curve
@@ -76,7 +76,8 @@ def workspace(entity: str, project: str):
 def create(entity: str, project: str, output: Optional[Path]) -> None:
     """Save the view, or write its description. Raises RunError."""
     if output:
-        output.write_text(workspace(entity, project)._to_model().model_dump_json(by_alias=True, exclude_none=True))
+        view = workspace(entity, project)._to_model()
+        write("--output", output, view.model_dump_json(by_alias=True, exclude_none=True))
         print(output)
         return
     if not has_key():
@@ -92,12 +93,16 @@ def create(entity: str, project: str, output: Optional[Path]) -> None:
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
-    parser = argparse.ArgumentParser(prog="python -m launch.dashboard", description=__doc__.split(": ", 1)[1])
+    parser = Options("python -m launch.dashboard", __doc__.split(": ", 1)[1])
     parser.add_argument("--entity", default="", help="user or team; default: that of the key")
-    parser.add_argument("--project", default="sparsetron", help="wandb.project of the runs")
-    parser.add_argument("--output", type=Path, help="write the view here (JSON) and send nothing")
-    args = parser.parse_args(argv)
-    return exit_code(lambda: create(args.entity, args.project, args.output))
+    parser.add_argument("--project", type=filled, default="sparsetron", help="wandb.project of the runs")
+    parser.add_argument("--output", type=place, help="write the view here (JSON) and send nothing")
+
+    def work() -> None:
+        args = parser.parse_args(argv)
+        create(args.entity, args.project, args.output)
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """python -m launch.doctor: is this machine fit for a run? One line a check: what was found, what is wrong, what to do.
 
 Started as a job of several processes, as in `torchrun --nproc-per-node 8 launch/doctor.py`, it looks at each node and
-at what is between them. Exit codes: 0 if nothing is wrong (a warning is not), 1 otherwise.
+at what is between them. Exit codes: 0 if nothing is wrong (a warning is not), 1 otherwise,
+64 for a bad option.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
-from typing import Optional
+from typing import NoReturn, Optional
 
 import torch
 import torch.distributed as dist
@@ -285,12 +286,22 @@ def _compared(told: list[tuple[str, float, list[Finding]]]) -> Iterator[Finding]
     yield Finding(level, "clocks", f"{apart:.2f} s apart at most", do)
 
 
+class _Options(argparse.ArgumentParser):
+    """As configs.options has it, which is not in reach where torchrun starts this file by its path."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leaves with one line and code 64."""
+        self.exit(64, f"error: option {self.prog}: {message}; see --help\n")
+
+
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
-    parser = argparse.ArgumentParser(prog="python -m launch.doctor", description=__doc__.split(": ", 1)[1])
+    parser = _Options(prog="python -m launch.doctor", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--run", type=Path, default=Path("runs"), help="where runs will lie")
     parser.add_argument("--processes", type=int, default=max(2, torch.cuda.device_count()), help="for all-reduce")
     args = parser.parse_args(argv)
+    if args.processes < 1:
+        parser.error(f"--processes {args.processes} is below 1")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         found: Iterable[Finding] = job(args.run)
     else:

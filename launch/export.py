@@ -4,7 +4,6 @@ DIR gets model.safetensors (whole fp32 weights by the names of parallel/transfor
 tokenizer, where it comes from, hash) and tokenizer.tiktoken. A run starts from it with train.start_from=DIR.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from configs.errors import CheckpointError, DataError, exit_code
+from configs.options import Options, place
 from configs.schema import Config, Data, sources
 from data import tokenizer
 from data.shards import parse_manifest
@@ -42,6 +42,18 @@ def export(run: Path, output: Path) -> str:
     path, state = checkpoint.newest(run)
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write(cfg, path, state, temporary)
+        os.rename(temporary, output)
+    except OSError as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        why = f"cannot be written ({e.strerror or e})"
+        raise CheckpointError("output", output, why, "give it space and permission, or choose another") from e
+    return path
+
+
+def _write(cfg: Config, path: str, state: dict[str, Any], temporary: Path) -> None:
+    """The model of a checkpoint with this state, into a new directory."""
     temporary.mkdir(parents=True)
     reader = Reader(Path(path, checkpoint.PIECES))
     weights = temporary / "model.safetensors"
@@ -50,8 +62,6 @@ def export(run: Path, output: Path) -> str:
     content |= {"tokenizer": _tokenizer(cfg.data, temporary), "seq_len": cfg.data.seq_len, "checkpoint": str(path)}
     content |= {"step": state["step"], "tokens": state["tokens"], "sha256": checkpoint.sha256(weights)}
     (temporary / "config.json").write_text(json.dumps(content, indent=1) + "\n")
-    os.rename(temporary, output)
-    return path
 
 
 def load(folder: Path) -> Transformer:
@@ -89,12 +99,16 @@ def _tokenizer(data: Data, output: Path) -> dict[str, Any]:
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
-    parser = argparse.ArgumentParser(prog="python -m launch.export", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("output", type=Path, metavar="DIR", help="new directory")
-    args = parser.parse_args(argv)
+    parser = Options("python -m launch.export", __doc__.split(": ", 1)[1])
+    parser.add_argument("run", type=place, metavar="RUN", help="run directory")
+    parser.add_argument("output", type=place, metavar="DIR", help="new directory")
     os.umask(0o027)
-    return exit_code(lambda: print(f"{args.output}: {export(args.run, args.output)}"))
+
+    def work() -> None:
+        args = parser.parse_args(argv)
+        print(f"{args.output}: {export(args.run, args.output)}")
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Optional
 
 from rich import box
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import ConfigError, exit_code
+from configs.options import Options, number, place, write
 from configs.rules import check_sizes
 from configs.schema import Config, Kind, Recompute, data_parallel, micro_batches
 from launch.advice import advise
@@ -216,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
     p = plan(cfg, cluster)
     show(p, Console(width=None if sys.stdout.isatty() else 120))
     if args.json:
-        _write(args.json, record(p))
+        write("--json", args.json, json.dumps(record(p), indent=1) + "\n")
     if not p.fits:
         where = f"stage {p.fullest.stage.index}, {p.fullest.when}"
         why = f"needs {p.needed(p.fullest):,.1f} GiB ({where}) of the {cluster.gpu.gib} of a GPU"
@@ -225,9 +225,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for option, value in (("--gpus", args.gpus), ("--node", args.node), ("--network", args.network)):
-        if value <= 0:
-            raise ConfigError("option", f"{option} {value}", "out of range", "give a number above 0")
     for override in args.overrides:
         if "=" not in override:
             raise ConfigError("option", override, "is no override", "see python -m launch.plan --help")
@@ -238,27 +235,19 @@ def _need(cfg: Config, cluster: Cluster) -> float:
     return p.needed(p.fullest)
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(content, indent=1) + "\n")
-    except OSError as e:
-        raise ConfigError("option", f"--json {path}", f"not writable ({e.strerror})", "give another file") from e
-
-
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
     about = (__doc__ or "").split("?", 1)[1]
-    parser = argparse.ArgumentParser(prog="python -m launch.plan", description=about)
+    parser = Options("python -m launch.plan", about)
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for train.py: model=8b parallel.tp=4")
-    parser.add_argument("--gpus", type=int, default=1, help="all of the cluster (1)")
+    parser.add_argument("--gpus", type=number(int, 1), default=1, help="all of the cluster (1)")
     parser.add_argument("--gpu", choices=GPUS, default="h200", help="kind (h200)")
-    parser.add_argument("--node", type=int, default=NODE, help=f"GPUs of a node ({NODE})")
+    parser.add_argument("--node", type=number(int, 1), default=NODE, help=f"GPUs of a node ({NODE})")
     parser.add_argument(
-        "--network", type=float, default=NETWORK, help=f"GB/s between nodes for each GPU ({NETWORK:.0f})"
+        "--network", type=number(float, 0.001), default=NETWORK, help=f"GB/s between nodes for each GPU ({NETWORK:.0f})"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    args = parser.parse_intermixed_args(argv)
-    return exit_code(lambda: run(args))
+    parser.add_argument("--json", type=place, metavar="FILE", help="write the figures there")
+    return exit_code(lambda: run(parser.parse_intermixed_args(argv)))
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def _by_context(axes: Axes, points: list[tuple[str, int, float]]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(contexts, [f"{c:,}" for c in contexts])
     axes.minorticks_off()
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
 
 
 def _variant(run: Measured, runs: list[Measured]) -> str:
@@ -163,11 +163,14 @@ def _positions(run: Measured) -> dict[str, float]:
 
 
 def _by_position(axes: Axes, runs: list[Measured]) -> None:
+    ticks = set()
     for run in runs:
         if found := _positions(run):
             starts = [int(key.split("/")[1]) for key in found]
             axes.plot(starts, list(found.values()), "o-", label=f"{run.name}, {run.context:,} tokens")
+            ticks |= set(starts)
     axes.set_xscale("symlog", base=2, linthresh=1)
+    axes.set_xticks(sorted(ticks), [f"{start:,}" for start in sorted(ticks)], rotation=45)
 
 
 def _health(axes: Axes, runs: list[Measured], measure: str) -> None:

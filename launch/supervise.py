@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from configs.errors import FINAL, PREEMPTED, RunError
 from launch import processes
@@ -67,11 +67,11 @@ def main(arguments: list[str]) -> int:
     options, overrides = _parse(arguments)
     train = [os.environ.get("SPARSETRON_TRAIN", str(ROOT / "train.py")), *overrides]
     sys.argv = train
-    if is_multirun():  # starts a supervisor for each run
+    if is_multirun() and options.nodes == 1:  # starts a supervisor for each run
         os.environ["SPARSETRON_PROCESSES"] = str(options.n)
         os.execv(sys.executable, [sys.executable, *train])
     try:
-        text = compose(options.n * options.nodes)
+        text = _compose(options)
         if not text:  # Hydra showed something
             return 0
         job = Job(train, Path(from_text(text).run.dir), options.n)
@@ -97,6 +97,16 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, overrides
 
 
+def _compose(options: argparse.Namespace) -> Optional[str]:
+    """The configuration; None if Hydra showed something. A mistake is for node 0 to say, the others only leave."""
+    try:
+        return compose(options.n * options.nodes)
+    except RunError as e:
+        if options.node:
+            raise SystemExit(e.code) from e
+        raise
+
+
 def supervise(job: Job, nodes: Nodes, stop: Stop) -> int:
     """Start the run until it ends for good. Returns its exit code."""
     newest, fruitless = job.newest, 0
@@ -109,12 +119,13 @@ def supervise(job: Job, nodes: Nodes, stop: Stop) -> int:
         newest = outcomes[0]["newest"]  # by one node: file systems may show it late
         if code in FINAL or fruitless == FAILURES:
             nodes.leave(attempt)
-            if code not in FINAL:
+            if code not in FINAL and nodes.node == 0:
                 print(_given_up(job, code), file=sys.stderr, flush=True)
             return code
         after = f"from {newest}" if newest else "from the beginning"
         failed = f"failure {fruitless} of {FAILURES} without a newer checkpoint, exit code {code}"
-        print(f"supervisor: {failed}; starts again {after}", file=sys.stderr, flush=True)
+        if nodes.node == 0:
+            print(f"supervisor: {failed}; starts again {after}", file=sys.stderr, flush=True)
         _pause(PAUSE * fruitless, stop)
     raise AssertionError
 

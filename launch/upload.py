@@ -1,16 +1,16 @@
 """python -m launch.upload RUN...: send runs to W&B that were made without it, or while its server was away.
 
 What W&B has already is not sent again: the command can be repeated, also while a run goes on without W&B. RUN is a run
-directory, or one that holds several. Exit codes: 0; 64 not logged in; 66 for what is no run; 75 for a server that does
-not answer (try again).
+directory, or one that holds several. Exit codes: 0; 64 for a bad option, or not logged in; 66 for what is no run; 75
+for a server that does not answer (try again).
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Optional
 
 from configs.errors import ConfigError, exit_code
+from configs.options import Options, filled, number
 from configs.schema import WandbMode
 from launch import runs, tracking
 
@@ -40,11 +40,15 @@ def upload_all(directories: list[str], timeout: float) -> None:
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code. `argv` replaces the command line."""
-    parser = argparse.ArgumentParser(prog="python -m launch.upload", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or one that holds several")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for the server")
-    args = parser.parse_args(argv)
-    return exit_code(lambda: upload_all(args.runs, args.timeout))
+    parser = Options("python -m launch.upload", __doc__.split(": ", 1)[1])
+    parser.add_argument("runs", nargs="+", type=filled, metavar="RUN", help="run directory, or one that holds several")
+    parser.add_argument("--timeout", type=number(float, 1), default=60.0, help="seconds to wait for the server")
+
+    def work() -> None:
+        args = parser.parse_args(argv)
+        upload_all(args.runs, args.timeout)
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

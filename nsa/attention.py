@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import ConfigError
+from configs.rules import check_nsa
 from configs.schema import Attention, Backend, Branch
 from nsa import reference
 from nsa.documents import check_blocks, check_documents
@@ -18,6 +19,7 @@ except ModuleNotFoundError as e:  # triton has no wheels outside Linux
     fused = None
 
 NO_TRITON = "triton is not installed"
+TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_backend(sizes: Attention, qk_dim: int, v_dim: int, group: int) -> None:
@@ -60,18 +62,27 @@ def nsa_attention(
 
     q [n, h, dk], rotated. kv: for slc and win, where active, rotated keys [n, h_kv, dk] and values [n, h_kv, dv].
     k_cmp [m, h_kv, dk], compressed then rotated, and v_cmp [m, h_kv, dv]; v_cmp is None where the blocks only score,
-    both are None where neither cmp nor slc is active. gates [n, h, branches] in the order of `sizes.branches`, none below 0.
-    cu_seqlens [documents + 1] in host memory, which kernels copy to the device unless they are given the `starts` of
-    `documents.Blocks`. All of one dtype, on one device. Raises ValueError for what does not fit.
+    both are None where neither cmp nor slc is active. gates [n, h, branches] in the order of `sizes.branches`, none
+    below 0. cu_seqlens [documents + 1] in host memory, which kernels copy to the device unless they are given the
+    `starts` of `documents.Blocks`. All of one dtype, on one device. Raises ValueError for what does not fit.
     """
+    _check_sizes(sizes)
     tensors = _named(kv, k_cmp, v_cmp, sizes)
-    _check(q, tensors, gates, cu_seqlens, sizes)
+    _check(q, tensors, gates, cu_seqlens, starts, sizes)
     if uses_kernels(q, _v_dim(tensors), _kv_heads(tensors), sizes):
         return fused.nsa(q, kv, k_cmp, v_cmp, gates, cu_seqlens, sizes, starts)  # and looks at the values of cu_seqlens
     check_documents(cu_seqlens, len(q))
     if "k_cmp" in tensors:
         check_blocks(k_cmp, cu_seqlens, sizes.l, sizes.d)
     return reference.nsa(q, kv, k_cmp, v_cmp, gates, cu_seqlens, sizes)
+
+
+def _check_sizes(sizes: Attention) -> None:
+    try:
+        check_nsa(sizes)
+    except ConfigError as e:
+        _, where, why, fix = e.args
+        raise ValueError(f"{where}: {why}; {fix}") from None
 
 
 def _named(kv, k_cmp, v_cmp, sizes) -> dict[str, Tensor]:
@@ -94,10 +105,13 @@ def _v_dim(tensors: dict[str, Tensor]) -> int:
     return next(x.shape[2] for name, x in tensors.items() if name[0] == "v")
 
 
-def _check(q: Tensor, tensors: dict[str, Tensor], gates: Tensor, cu_seqlens: Tensor, sizes: Attention) -> None:
+def _check(
+    q: Tensor, tensors: dict[str, Tensor], gates: Tensor, cu_seqlens: Tensor, starts: Tensor | None, sizes: Attention
+) -> None:
     """Types, places and shapes; nothing that reads values, so that a compiler can trace it."""
-    if q.dim() != 3 or not q.is_floating_point():
-        raise ValueError(f"q is {q.dtype} of shape {tuple(q.shape)}; it must be floating point, [tokens, heads, width]")
+    if q.dim() != 3 or 0 in q.shape or q.dtype not in TYPES:
+        wanted = "[tokens, heads, width], none of them 0, of 16, 32 or 64 bit floating point"
+        raise ValueError(f"q is {q.dtype} of shape {tuple(q.shape)}; it must be {wanted}")
     for name, x in {"gates": gates, **tensors}.items():
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}; it must be {q.dtype} on {q.device} as q is")
@@ -105,6 +119,9 @@ def _check(q: Tensor, tensors: dict[str, Tensor], gates: Tensor, cu_seqlens: Ten
             raise ValueError(f"{name} has the shape {tuple(x.shape)}; it must have three dimensions")
     if cu_seqlens.device.type != "cpu":
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be in host memory")
+    wanted = ((2, cu_seqlens.numel()), torch.int32, q.device)
+    if starts is not None and (found := (tuple(starts.shape), starts.dtype, starts.device)) != wanted:
+        raise ValueError(f"starts is {found}; it must be {wanted}, as Documents.blocks makes it")
     n, heads, qk_dim = q.shape
     kv_heads, v_dim = _kv_heads(tensors), _v_dim(tensors)
     if kv_heads == 0 or heads % kv_heads:

@@ -36,8 +36,8 @@ class Band:
 
     @property
     def keyed_by_block(self) -> bool:
-        """Keys are compression blocks, not tokens."""
-        return (self.L, self.D) != (1, 1)
+        """Keys are compression blocks, not tokens: they alone are seen back to the start of a document."""
+        return FAR.value == self.N
 
     def run(self, group: int) -> int:
         """Heads whose statistics lie side by side, token by token: [h / run, n, run]."""
@@ -49,7 +49,7 @@ def bands(sizes: Attention) -> dict[str, Band]:
     return {
         "cmp": Band(L=sizes.l, D=sizes.d),
         "slc": Band(A=sizes.l_slc, N=sizes.local),
-        "win": Band(N=sizes.w),
+        "win": Band(N=min(sizes.w, FAR.value - 1)),
     }
 
 
@@ -165,6 +165,7 @@ def _forward(
     L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, LOCAL: tl.constexpr, SINK: tl.constexpr, W: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    """o [n, h, F] and log-sum-exp of each branch, of a tile of queries and one KV head."""
     tile, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the longest first
     document, start, length, place = locate(tile, tokens, documents, BQ)
     if place >= length:

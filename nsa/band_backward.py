@@ -81,6 +81,7 @@ def _backward_queries(
     L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, LOCAL: tl.constexpr, W: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    """dq [n, h, E + E2] of a tile of queries and one KV head, by all branches."""
     tile, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     document, start, length, place = locate(tile, tokens, documents, BQ)
     if place >= length:
@@ -131,7 +132,7 @@ def _keys_step(
     # the document's last one; within a window, at step s those whose place is -s modulo the number of steps.
     turn = 0
     if N < FAR:
-        turn = (begin // BQ + steps - 1) % tl.maximum(steps, 1)
+        turn = (tl.maximum(begin, 0) // BQ + steps - 1) % tl.maximum(steps, 1)  # below 0, % is too
     for step in tl.range(0, steps):
         back = step + turn
         if N < FAR:
@@ -166,6 +167,7 @@ def _backward_keys(
     L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    """dk [G // GS, m, h_kv, E + E2] and dv of a tile of keys, one KV head, and GS of its queries' heads."""
     SPLIT: tl.constexpr = G // GS
     group, split = tl.program_id(1) // SPLIT, tl.program_id(1) % SPLIT
     document, first, count, place = locate(tl.program_id(0), keys, documents, BN)  # tile 0 has the most queries

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configs.errors import ConfigError, RunError, exit_code
+from configs.options import Options, filled, number
 from configs.schema import Attention, Backend
 from nsa import Documents, NSACore, nsa_attention
 from nsa.cases import Case, make_inputs
@@ -357,14 +358,17 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m nsa.bench", description=__doc__.split("\n\n")[0])
+    parser = Options("python -m nsa.bench", __doc__.split("\n\n")[0])
     parser.add_argument("--shape", help=f"heads,KV heads,width or widths; all of {' '.join(SHAPES)} if left out")
     parser.add_argument("--lengths", default=LENGTHS, help="numbers of tokens (%(default)s)")
-    parser.add_argument("--output", default="runs/bench", help="directory for nsa.json and nsa.png (%(default)s)")
-    parser.add_argument("--tflops", type=float, default=TFLOPS, help="of the floor (%(default)s)")
-    parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="of the floor, TB/s (%(default)s)")
-    args = parser.parse_args(argv)
-    return exit_code(lambda: run(args))
+    parser.add_argument(
+        "--output", type=filled, default="runs/bench", help="directory for nsa.json and nsa.png (%(default)s)"
+    )
+    parser.add_argument("--tflops", type=number(float, 1), default=TFLOPS, help="of the floor (%(default)s)")
+    parser.add_argument(
+        "--bandwidth", type=number(float, 0.01), default=BANDWIDTH, help="of the floor, TB/s (%(default)s)"
+    )
+    return exit_code(lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

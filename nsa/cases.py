@@ -22,6 +22,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
+        """Of all documents."""
         return sum(self.lengths)
 
     @property
@@ -35,7 +36,7 @@ class Case:
         return sum(max(0, (t - self.sizes.l) // self.sizes.d + 1) for t in self.lengths)
 
 
-def _sizes(**sizes: int) -> Attention:
+def _sizes(**sizes) -> Attention:
     return Attention(**{"l": 8, "d": 4, "l_slc": 16, "n": 4, "w": 12, **sizes})
 
 
@@ -59,6 +60,9 @@ CASES = [
     Case("none initial", (100,), sizes=_sizes(initial=0, local=1)),
     Case("window of one", (40,), sizes=_sizes(w=1)),
     Case("window beyond", (40, 20), sizes=_sizes(w=64)),
+    Case("blocks of one token", (11, 2), sizes=_sizes(l=1, d=1)),
+    Case("one query a tile", (2, 1), heads=64, kv_heads=1),
+    Case("no block to score by", (7, 3), sizes=_sizes(branches=[Branch.slc])),
 ]
 
 

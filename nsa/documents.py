@@ -29,8 +29,8 @@ class Documents:
     @classmethod
     def of(cls, cu_seqlens: Tensor, device: torch.device) -> "Documents":
         """From starts on the host. Raises ValueError where they are none."""
+        check_documents(cu_seqlens)
         cu_seqlens = cu_seqlens.long()
-        check_documents(cu_seqlens, int(cu_seqlens[-1]))
         positions = torch.arange(int(cu_seqlens[-1])) - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
         return cls(cu_seqlens, send(positions, device))
 
@@ -48,11 +48,18 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
 
 
-def check_documents(cu_seqlens: Tensor, n: int) -> None:
-    """Raises ValueError unless cu_seqlens [documents + 1] runs from 0 to n tokens and never decreases."""
-    ends = cu_seqlens.tolist() if cu_seqlens.dim() == 1 and not cu_seqlens.is_floating_point() else []
-    if len(ends) < 2 or ends[0] != 0 or ends[-1] != n or any(b < a for a, b in itertools.pairwise(ends)):
-        raise ValueError(f"cu_seqlens is {cu_seqlens}; it must run from 0 to {n} in whole numbers and never decrease")
+def check_documents(cu_seqlens: Tensor, n: int | None = None) -> None:
+    """Raises ValueError unless cu_seqlens [documents + 1], int32 or int64, runs from 0 to n tokens and never decreases.
+
+    Without n, to however many.
+    """
+    whole = cu_seqlens.dim() == 1 and cu_seqlens.dtype in (torch.int32, torch.int64)
+    ends = cu_seqlens.tolist() if whole else []
+    fits = len(ends) > 1 and ends[0] == 0 and ends[-1] == (ends[-1] if n is None else n)
+    if not fits or any(b < a for a, b in itertools.pairwise(ends)):
+        end = "the number of tokens" if n is None else n
+        wanted = f"run from 0 to {end} in whole numbers (int32 or int64) and never decrease"
+        raise ValueError(f"cu_seqlens is {cu_seqlens}; it must {wanted}")
 
 
 def check_blocks(k_cmp: Tensor, cu_seqlens: Tensor, l: int, d: int) -> None:

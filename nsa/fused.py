@@ -19,7 +19,7 @@ NAMES = [b.value for b in Branch]
 
 def misfit(qk_dim: int, v_dim: int, group: int, sizes: Attention) -> str | None:
     """Why the kernels cannot take heads of these widths, `group` of them to a KV head, or None."""
-    least = 1 if INTERPRETED else 16
+    least = 4 if INTERPRETED else 16  # 16 bytes of fp32; what products take on a GPU
     for name, width, parts in (("query and key", qk_dim, halves(qk_dim)), ("value", v_dim, (v_dim, 0))):
         if parts[0] < least or parts[0] & (parts[0] - 1) or 0 < parts[1] < least or parts[0] > 128 or parts[1] > 64:
             return f"the {name} width is {width}; they take 16, 32, 64, 128, and for keys 192 and the like"
@@ -38,6 +38,8 @@ def unfit(q: Tensor, v_dim: int, kv_heads: int, sizes: Attention) -> str | None:
         return f"q is on the {q.device.type}, and they run on a GPU"
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"q is {q.dtype}; they take bfloat16, float16 and float32"
+    if q.dtype is torch.float32 and sizes.l_slc > 64 and max(q.shape[2], v_dim) > 64:  # no room for them
+        return f"l_slc is {sizes.l_slc}; with heads wider than 64 in float32 they take at most 64"
     return misfit(q.shape[2], v_dim, q.shape[1] // kv_heads, sizes)
 
 
@@ -152,7 +154,7 @@ def _backward(ctx, do, *_):
     kept = ctx.saved_tensors  # read once, as activation recomputation asks for
     tensors, saved = kept[:10], kept[10:]
     dq, *six, dgates = _nsa_backward(do, *tensors, list(saved), ctx.numbers)
-    six = [g if x is not None and g.numel() == x.numel() else None for g, x in zip(six, tensors[1:7])]
+    six = [g if x is not None and g.shape == x.shape else None for g, x in zip(six, tensors[1:7])]
     return dq, *six, dgates, None, None, None
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 @triton.jit
 def _sum(o1, o2, o3, gates, out, count, F: tl.constexpr, BRANCHES: tl.constexpr, BR: tl.constexpr):
+    """out [count, F] = sum over branches of gate * o, BR rows (token, head) a program."""
     row, f = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64), tl.arange(0, F)
     there = row < count
     at = row[:, None] * F + f[None, :]
@@ -47,6 +48,7 @@ def _products(
     n, room, heads, do_t, do_h, GS1: tl.constexpr, GS2: tl.constexpr, GS3: tl.constexpr,
     F: tl.constexpr, BRANCHES: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
+    """`_branch` for each branch, of BR rows (token, head) a program."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     there = row < n * heads
     token, head, row = row // heads, row % heads, row.to(tl.int64)

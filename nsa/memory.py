@@ -1,14 +1,16 @@
 """Bytes of NSA's kernels: what they keep of a layer for backward, and what they hold only while they run.
 
-Nothing here imports torch or triton, so that a plan can be made on any machine. The sizes below are the kernels' own
-(nsa/picked.py); a test compares them. Forward holds less beyond what it keeps than backward does.
+Nothing here imports torch or triton, so that a plan can be made on any machine; so the kernels (nsa/picked.py) take
+their sizes from here. Forward holds less beyond what it keeps than backward does.
 """
 
 from dataclasses import dataclass
 
 from configs.schema import Attention, Branch, Compression
 
-BACK_CHUNK, BACK_RUN = 8192, 256
+# Tokens of a chunk, a multiple of 16 so that no tile of queries is in two: with more of them more is held at once, with
+# fewer backward has more parts of dk and dv. And pairs of a run of backward.
+CHUNK, BACK_RUN = 8192, 256
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def backward(s: Shape, a: Attention) -> int:
 def _chosen(s: Shape, a: Attention) -> int:
     """Of the gradients of chosen blocks: parts of a chunk of queries, sums in fp32, the pairs in order."""
     picks = (a.n - a.local) * (Branch.slc in a.branches)
-    size, both = min(BACK_CHUNK, s.tokens), s.qk_dim + s.v_dim
+    size, both = min(CHUNK, s.tokens), s.qk_dim + s.v_dim
     slots = -(-size * picks // BACK_RUN) + s.tokens // a.l_slc
     parts = s.width * size * picks * s.heads * s.qk_dim + 4 * s.kv_heads * slots * a.l_slc * both
     pairs = (4 + 4 + 8 + 4) * s.tokens * s.kv_heads * picks  # keys, sorted keys, places as int64 and int32

@@ -16,13 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from configs.schema import Attention
+from nsa.memory import BACK_RUN, CHUNK
 from nsa.score import NONE
 from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, narrow, precision
 
-# Tokens of a chunk and pairs of a run: forward, the more chunks the more of q is in the cache; backward, each has parts
-# of all dk and dv.
-CHUNK, BACK_CHUNK = 4096, 8192
-RUN, BACK_RUN = 64, 256
+RUN = 32  # pairs of a run forward; backward has BACK_RUN
 FORWARD = {2: Launch(64, 0, 4, 1), 4: Launch(64, 0, 4, 1)}  # by bytes of an element; a tile's keys are one block
 BACKWARD = {2: Launch(64, 0, 4, 2), 4: Launch(32, 0, 8, 1)}
 NARROW_BACKWARD = Launch(128, 0, 4, 2)  # for 16-bit heads of 64 and less
@@ -81,7 +79,7 @@ def _forward(
             pair = tl.load(order + j + row // G, mask=there, other=0)
             token = pair // (GROUPS * PICKS)
             at_q = q + token.to(tl.int64) * q_t + row % G * q_h
-            q1 = tl.load(at_q[:, None] + e[None, :], mask=there[:, None], other=0.0)
+            q1 = tl.load(at_q[:, None] + e[None, :], mask=there[:, None], other=0.0, eviction_policy="evict_last")
             s = tl.dot(q1, k1.T, input_precision=EXACT)
             if E2 > 0:
                 q2 = tl.load(at_q[:, None] + E + tl.arange(0, E2)[None, :], mask=there[:, None], other=0.0)
@@ -93,7 +91,7 @@ def _forward(
             at_o = (pair - first * (GROUPS * PICKS)) * G + row % G
             tl.store(lse + at_o, peak + tl.log2(total), mask=there)
             to_o = (o + at_o.to(tl.int64) * F)[:, None] + f[None, :]
-            tl.store(to_o, out.to(o.dtype.element_ty), mask=there[:, None])
+            tl.store(to_o, out.to(o.dtype.element_ty), mask=there[:, None], eviction_policy="evict_first")
         i = stop
 
 
@@ -180,6 +178,7 @@ def _backward(
     G: tl.constexpr, GROUPS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     PICKS: tl.constexpr, SLC: tl.constexpr, BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    """Of a run of pairs dq [chunk, h_kv, picks, G, E + E2], of each stretch dk [h_kv, slots, SLC, E + E2] and dv."""
     group = tl.program_id(1)
     key0 = (chunk * GROUPS + group) * blocks
     i, end = _run(starts, key0, blocks, RUN)
@@ -219,17 +218,18 @@ def _backward(
             back = tl.trans(ds)
             at_o = dq + ((pair - base) * G + row % G).to(tl.int64) * (E + E2)
             part = tl.dot(back, k1, input_precision=EXACT)
-            tl.store(at_o[:, None] + e[None, :], part.to(dq.dtype.element_ty), mask=there[:, None])
+            to = at_o[:, None] + e[None, :]
+            tl.store(to, part.to(dq.dtype.element_ty), mask=there[:, None], eviction_policy="evict_first")
             if E2 > 0:
                 dk2 = tl.dot(ds, q2, dk2, input_precision=EXACT)
                 part = tl.dot(back, k2, input_precision=EXACT)
                 tl.store(at_o[:, None] + E + e2[None, :], part.to(dq.dtype.element_ty), mask=there[:, None])
         # Run and block both only grow: their sum is a slot that no other stretch has.
         slot = (group * slots + tl.program_id(0) + key - key0).to(tl.int64) * SLC + column
-        tl.store((dk + slot * (E + E2))[:, None] + e[None, :], dk1)
+        tl.store((dk + slot * (E + E2))[:, None] + e[None, :], dk1, eviction_policy="evict_first")
         if E2 > 0:
             tl.store((dk + slot * (E + E2))[:, None] + E + e2[None, :], dk2)
-        tl.store((dv + slot * F)[:, None] + f[None, :], dv1)
+        tl.store((dv + slot * F)[:, None] + f[None, :], dv1, eviction_policy="evict_first")
         i = stop
 
 
@@ -292,8 +292,8 @@ def backward(
     n, heads, e = q.shape
     _, groups, picks = chosen.shape
     width, g, (e1, e2), slc = v.shape[2], heads // groups, halves(e), sizes.l_slc
-    size, blocks = min(BACK_CHUNK, n), documents.tiles(slc)
-    pairs = sort(chosen, BACK_CHUNK, blocks)
+    size, blocks = min(CHUNK, n), documents.tiles(slc)
+    pairs = sort(chosen, CHUNK, blocks)
     slots = triton.cdiv(size * picks, BACK_RUN) + blocks
     part = q.new_empty(size, groups, picks, g, e)
     dk_part = k.new_empty(groups, slots, slc, e, dtype=torch.float32)
@@ -301,8 +301,8 @@ def backward(
     how, bt, boxes = BACKWARD[q.element_size()], max(1, 16 // g), (*columns(k, slc), columns(v, slc)[0])
     how = NARROW_BACKWARD if narrow(q, v) else how
     scale = e**-0.5
-    for c, first in enumerate(range(0, n, BACK_CHUNK)):
-        count = min(BACK_CHUNK, n - first)
+    for c, first in enumerate(range(0, n, CHUNK)):
+        count = min(CHUNK, n - first)
         _backward[triton.cdiv(count * picks, BACK_RUN), groups](
             q, *boxes, do, shift, delta, part, dk_part, dv_part, pairs.keys, pairs.order, pairs.starts,
             documents.tokens, documents.count, scale * LOG2E, c, blocks, first * groups * picks,

@@ -76,15 +76,11 @@ def nsa(
             args = (q[rows], own, *cmp, gates[rows], start, a)
             again = e - s > KEEP and torch.is_grad_enabled()
             out.append(checkpoint(_chunk, *args, use_reentrant=False) if again else _chunk(*args))
-    return torch.cat(out).to(dtype) if out else q.new_empty(0, q.shape[1], _value_width(kv, v_cmp)).to(dtype)
+    return torch.cat(out).to(dtype)
 
 
 def _wide(x: Tensor | None) -> Tensor | None:
     return x.float() if x is not None and x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _value_width(kv: dict[str, tuple[Tensor, Tensor]], v_cmp: Tensor | None) -> int:
-    return (v_cmp if v_cmp is not None else next(iter(kv.values()))[1]).shape[-1]
 
 
 def _chunk(

@@ -67,9 +67,12 @@ def narrow(q: Tensor, v: Tensor) -> bool:
 
 
 def rows(x: Tensor) -> Tensor:
-    """x [n, h, e] as every kernel reads it: channels side by side, and heads where the copy engine can fetch them."""
-    step = 16 // x.element_size()
-    ready = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) % step == 0 and x.stride(1) % step == 0
+    """x [n, h, e] as every kernel reads it: channels side by side, and heads where the copy engine can fetch them.
+
+    That one takes no expanded tensors, whose stride is 0.
+    """
+    step, (token, head, channel) = 16 // x.element_size(), x.stride()
+    ready = channel == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % step == 0 for s in (token, head))
     return x if ready else x.clone(memory_format=torch.contiguous_format)
 
 

@@ -74,8 +74,8 @@ def newest(run: Path) -> tuple[str, dict[str, Any]]:
     raise CheckpointError("run", run, "has no whole checkpoint", "give a directory that train.py has made")
 
 
-def begin(folder: Path, engine: Engine, mesh: Mesh, state: dict[str, Any]) -> None:
-    """Read the weights of an exported model into an engine that has made no step. Collective.
+def check_model(folder: Path, mesh: Mesh, state: dict[str, Any]) -> None:
+    """Whether a run can begin with the weights of an exported model. Collective.
 
     Raises CheckpointError if it is damaged, or of another model than `state` says this run has.
     """
@@ -93,7 +93,6 @@ def begin(folder: Path, engine: Engine, mesh: Mesh, state: dict[str, Any]) -> No
         _check_same(str(folder), {"identity": found}, state)
 
     together(look, mesh)
-    engine.load(folder)
 
 
 def group(identity: dict[str, Any], name: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 engine with ZeRO 1 on several. Its configuration comes from ours; nobody writes one by hand.
 """
 
+import contextlib
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,12 +67,13 @@ class Engine:
         pipelined = mesh.pp.size > 1
         module = Pipeline(cfg, vocab, mesh, self.loss_of) if pipelined else Transformer(cfg, vocab, mesh)
         init.initialize(module, cfg.model, cfg.seed, mesh.tp)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer(module, cfg.optim, mesh.device),
-            config=deepspeed_config(cfg, mesh),
-            mpu=None if pipelined else _Mpu(mesh),
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # in bf16 it prints its memory, whatever its logger is told
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer(module, cfg.optim, mesh.device),
+                config=deepspeed_config(cfg, mesh),
+                mpu=None if pipelined else _Mpu(mesh),
+            )
         self.stopwatch = Stopwatch(mesh.device)
         self._time_parts()
         self.guard: Optional[Guard] = None

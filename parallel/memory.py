@@ -7,7 +7,7 @@ of real blocks and with the tensors of a real engine: who changes a block change
 from dataclasses import dataclass
 
 import nsa.memory as sparse
-from configs.schema import Branch, Config, Kind, Precision, Recompute, data_parallel, micro_batches
+from configs.schema import Config, Kind, Precision, Recompute, data_parallel, micro_batches
 from parallel.metrics import blocks
 from parallel.sizes import Stage, parameters, stages
 
@@ -142,13 +142,11 @@ def _attention(cfg: Config) -> dict[str, int]:
     if cfg.attention.kind is Kind.nsa:
         shape = nsa_shape(cfg)
         out |= {f"NSA: {name}": size for name, size in sparse.kept(shape, cfg.attention).items()}
-        turned = [shape.tokens] * (1 + sum(b is not Branch.cmp for b in cfg.attention.branches)) + [shape.blocks]
         out["output of attention"] = output
     else:
-        turned = [n, n]
         out["queries, keys, values"] = w * n * (heads * m.qk_dim + kv_heads * (m.qk_dim + m.v_dim))
         out["output of attention"] = output + 4 * n * heads  # and log-sum-exp
-    return out | ({} if compiled(cfg) else {"angles": 4 * m.qk_dim * sum(turned)})
+    return out
 
 
 def _mlp(cfg: Config) -> dict[str, int]:

@@ -10,7 +10,7 @@ import yaml
 
 from configs.errors import ConfigError
 from configs.schema import Kind
-from launch.compose import compose, from_text
+from launch.compose import compose, compose_all, from_text
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NEEDED = ["data.path=corpus", "train.global_batch=16"]
@@ -90,6 +90,14 @@ MISTAKES = [  # overrides, what the one line must say
     (["data.path=a=b"], ["="]),
     (["--steps", "3"], ["--steps"]),
     (["--multirun", "seed=0,1"], ["--multirun"]),
+    (["experiment=null"], ["experiment=null", "ablate_n", "leave it out"]),
+    (["model=160"], ["model=160", "160m"]),
+    (["model=[160m,1b]"], ["model=[160m,1b]", "configs/model"]),
+    (["=3"], ["=3", "KEY=VALUE"]),
+    (["run.dir=runs/it's"], ["quote it for Hydra"]),
+    (["hydra.run.dir=x"], ["hydra.run.dir", "run.dir=DIR"]),
+    (["hydra/job_logging=default"], ["hydra/job_logging"]),
+    (["optim.lr=inf", "data.path=x"], ["optim.lr=inf", "finite"]),
     (["data.path=x", "train.global_batch=15"], ["train.global_batch=15", "micro_batch"]),
 ]
 
@@ -103,6 +111,14 @@ def test_a_mistake_is_one_line(monkeypatch, overrides, says):
     assert len(str(e.value)) < 400
     for part in says:
         assert part in str(e.value)
+
+
+@pytest.mark.parametrize("override", ["attention=nsa,null", "seed=range(0)", "model=glob(no*)", "hydra.sweep.dir=x"])
+def test_a_mistake_in_a_multirun_is_one_line(monkeypatch, override):
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "data.path=x", override])
+    with pytest.raises(ConfigError) as e:
+        compose_all(1)
+    assert "\n" not in str(e.value)
 
 
 def test_broken_yaml_is_one_line(monkeypatch, tmp_path):

@@ -43,6 +43,10 @@ BROKEN = [  # changes, processes, what the message must say
     (dict(parallel__tp=2, parallel__sequence=True, data__seq_len=95), 2, ["data.seq_len=95", "parallel.tp=2"]),
     (dict(train__micro_batch=3), 1, ["train.global_batch=4", "train.micro_batch=3"]),
     (dict(), 16, ["train.global_batch=4", "16 data-parallel ranks"]),
+    (dict(), 0, ["processes=0"]),
+    (dict(wandb__project="a/b"), 1, ["wandb.project=a/b", "without /"]),
+    (dict(wandb__project=""), 1, ["wandb.project="]),
+    (dict(optim__lr=float("inf")), 1, ["optim.lr=inf", "finite"]),
     (dict(optim__min_lr=1.0), 1, ["optim.min_lr=1.0", "optim.lr=0.001"]),
 ]
 

@@ -93,6 +93,16 @@ def test_a_clock(monkeypatch, tmp_path, synced, level):
     assert list(doctor.clock(Path("/no/such/place"))) == []
 
 
+@pytest.mark.parametrize("mistake", ["--processes=0", "--processes=x", "--other"])
+def test_a_mistake_is_one_line(mistake, capsys):
+    with pytest.raises(SystemExit) as left:
+        doctor.main([mistake])
+    assert left.value.code == 64
+    said = capsys.readouterr().err
+    assert said.startswith("error: option ")
+    assert said.count("\n") == 1
+
+
 def test_the_nodes_of_a_job_and_what_is_between_them(tmp_path):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]

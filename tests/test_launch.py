@@ -93,7 +93,7 @@ STAND_INS = {
     esac
 """,
     "squeue": 'echo "${STATE:-RUNNING}"\n',
-    "srun": 'while [[ "$1" == --* ]]; do shift; done\nexec "$@"\n',  # one node: the command itself
+    "srun": 'while [[ "$1" == --* ]]; do shift; done\nexec "$@"\n',  # one task, the first: the command itself
 }
 
 
@@ -107,37 +107,90 @@ def slurm(place, tmp_path) -> dict[str, str]:
     job = {
         "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_NUM_NODES": "1",
         "SLURM_SUBMIT_DIR": str(tmp_path), "SPARSETRON_HOME": str(LAUNCH.parent), "SPARSETRON_PROCESSES": "2",
-        "SLURM_NODEID": "0", "CALLS": str(tmp_path / "calls"),
+        "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "CALLS": str(tmp_path / "calls"),
     }  # fmt: skip
     return {**place, **job}
+
+
+TASKS = {"SLURM_NTASKS_PER_NODE": "2"}
 
 
 def sbatch(slurm, *args: str) -> subprocess.Popen:
     return subprocess.Popen(["bash", str(LAUNCH / "slurm.sbatch"), *args], env=slurm, stderr=subprocess.DEVNULL)
 
 
-def test_slurm_passes_options_on_as_they_are(slurm):
-    assert sbatch(slurm, "model.name=a b", "attention.n=8").wait(120) == 0
+@pytest.mark.parametrize("mode", [{}, TASKS], ids=["torchrun", "tasks"])
+def test_slurm_passes_options_on_as_they_are(slurm, mode):
+    assert sbatch({**slurm, **mode}, "model.name=a b", "attention.n=8").wait(120) == 0
     expected = ["2", "model.name=a b", "attention.n=8"]
-    assert given(slurm) == {"rank0": expected, "rank1": expected}
+    assert given(slurm) == {f"rank{rank}": expected for rank in range(1 if mode else 2)}
     assert not Path(slurm["CALLS"]).exists(), "a run that is done is not queued again"
 
 
+NASTY = [
+    "a b",
+    "it's",
+    'say "so"',
+    "$(touch harm)",
+    "`touch harm`",
+    "; touch harm",
+    "$HOME",
+    "*",
+    "two\nlines",
+    "\\",
+    "%j",
+    "-n",
+]
+
+
+@pytest.mark.parametrize("mode", [{}, TASKS], ids=["torchrun", "tasks"])
+def test_slurm_hands_on_names_that_a_shell_would_read_otherwise(slurm, tmp_path, mode):
+    """F36: each byte arrives, nothing is executed."""
+    options = [f"run.dir={name}" for name in NASTY]
+    assert (
+        subprocess.run(["bash", LAUNCH / "slurm.sbatch", *options], env={**slurm, **mode}, cwd=tmp_path).returncode == 0
+    )
+    assert (Path(slurm["OUT"]) / "rank0").read_text() == "\n".join(["2", *options])
+    assert not list(tmp_path.glob("**/harm"))
+
+
+def test_slurm_takes_them_from_the_file_of_an_array_too(slurm, tmp_path):
+    array = tmp_path / "it's $(touch harm)"
+    array.mkdir()
+    options = [f"run.dir={name}" for name in NASTY]
+    (array / "3").write_text("".join(f"{o}\0" for o in options))
+    job = {**slurm, **TASKS, "SLURM_ARRAY_TASK_ID": "3"}
+    assert subprocess.run(["bash", LAUNCH / "slurm.sbatch", str(array)], env=job, cwd=tmp_path).returncode == 0
+    assert (Path(slurm["OUT"]) / "rank0").read_text() == "\n".join(["2", *options])
+    assert not list(tmp_path.glob("**/harm"))
+
+
 def test_slurm_does_not_queue_a_failed_run_again(slurm):
-    assert sbatch({**slurm, "CODE": "65"}, "a=b").wait(120) == 65
+    assert sbatch({**slurm, **TASKS, "CODE": "65"}, "a=b").wait(120) == 65
+    assert not Path(slurm["CALLS"]).exists()
+
+
+def test_slurm_has_the_run_supervised_and_leaves_with_its_code(slurm, tmp_path):
+    del slurm["SPARSETRON_TRAIN"]
+    run = subprocess.run(
+        ["bash", str(LAUNCH / "slurm.sbatch"), "data.path=nowhere", "run.dir='a run'", "parallel.tp=2"],
+        env=slurm, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 65, run.stderr
+    assert run.stderr.count("error: ") == 1
     assert not Path(slurm["CALLS"]).exists()
 
 
 def test_slurm_warns_the_run_and_queues_it_again(slurm):
-    process = sbatch({**slurm, "SECONDS_TO_RUN": "60"}, "a=b")
-    wait_for(Path(slurm["OUT"], "rank1"))
+    process = sbatch({**slurm, **TASKS, "SECONDS_TO_RUN": "60"}, "a=b")
+    wait_for(Path(slurm["OUT"], "rank0"))
     process.send_signal(signal.SIGUSR1)  # what --signal=B:USR1@300 sends to the batch script
     assert process.wait(60) == 75
     assert Path(slurm["CALLS"]).read_text() == "requeue 4711\n"
 
 
 def test_slurm_does_not_queue_a_cancelled_run_again(slurm):
-    assert sbatch({**slurm, "CODE": "75", "STATE": "COMPLETING"}, "a=b").wait(120) == 75
+    assert sbatch({**slurm, **TASKS, "CODE": "75", "STATE": "COMPLETING"}, "a=b").wait(120) == 75
     assert not Path(slurm["CALLS"]).exists()
 
 

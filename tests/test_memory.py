@@ -8,10 +8,8 @@ import pytest
 import torch
 from deepspeed.runtime.utils import partition_balanced
 
-import nsa.memory
 from configs.schema import Backend, Branch, Compression, Precision, Recompute
 from data.synthetic import RandomRows
-from nsa import picked
 from nsa.documents import Documents
 from parallel import memory, sizes
 from parallel.engine import Engine
@@ -169,10 +167,6 @@ def kept_here(sequence: bool) -> tuple[int, int]:
 def test_what_a_tensor_parallel_rank_keeps(sequence):
     for found, expected in ranks.run(2, kept_here, sequence):
         assert found == pytest.approx(expected, rel=0.02)
-
-
-def test_the_sizes_of_the_kernels_are_the_kernels_own():
-    assert (nsa.memory.BACK_CHUNK, nsa.memory.BACK_RUN) == (picked.BACK_CHUNK, picked.BACK_RUN)
 
 
 def storages() -> int:

@@ -6,6 +6,7 @@ test_nsa_gpu.py has the rest, where there is a GPU.
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ CPU = torch.device("cpu")
 SIZES = Attention(l=8, d=4, l_slc=16, n=3, w=12)
 SMALL = Case("small", (50, 9), heads=2, kv_heads=1, sizes=SIZES)
 HOSTILE = ("one token", "exactly a block", "empty document", "window of one", "much overlap", "one KV head")
+HOSTILE += ("no block to score by", "one query a tile", "blocks of one token")
 
 
 @interpreted
@@ -155,11 +157,29 @@ def test_compiled_whole_and_computed_again_it_is_the_same():
         return kernels.attend(case, dict(zip(x, values)))
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    for f in (compiled, lambda *values: checkpoint(attend, *values, use_reentrant=False)):
-        o = f(*x.values())
+    for f in (compiled, *(partial(checkpoint, attend, use_reentrant=reentrant) for reentrant in (True, False))):
+        y = kernels.leaves(x, torch.float32)
+        o = f(*y.values())
+        o.backward(do)
         assert torch.equal(o, plain["o"])
-        for name, g in zip(x, torch.autograd.grad(o, list(x.values()), do)):
-            assert torch.equal(g, plain[name]), name
+        for name, t in y.items():
+            assert torch.equal(t.grad, plain[name]), name
+
+
+@interpreted
+def test_the_operators_keep_the_rules_of_torch(monkeypatch):
+    case, calls = Case("few", (9, 2), heads=2, kv_heads=1, sizes=SIZES), []
+
+    def noted(op, *args):
+        calls.append((op, args))
+        return op(*args)
+
+    for name in ("_nsa", "_nsa_backward"):
+        monkeypatch.setattr(fused, name, partial(noted, getattr(fused, name)))
+    kernels.results(case, make_inputs(case, torch.float32), torch.ones(11, 2, 8))
+    (forward, inputs), (backward, others) = calls
+    torch.library.opcheck(forward, inputs)
+    torch.library.opcheck(backward, others, test_utils=("test_schema", "test_faketensor"))
 
 
 @interpreted
@@ -190,6 +210,14 @@ def test_what_the_kernels_do_not_take_is_named(changes, reason):
     with pytest.raises(ConfigError, match=f"attention.backend=triton: {reason}.*give torch or auto") as refused:
         check_backend(sizes, case.qk_dim, case.v_dim, case.heads // case.kv_heads)
     assert refused.value.code == 64
+
+
+@interpreted
+@pytest.mark.parametrize("changes", [{"qk_dim": 128}, {"v_dim": 128}], ids=str)
+def test_large_blocks_of_wide_fp32_heads_are_too_much_for_shared_memory(changes):
+    case = replace(SMALL, sizes=replace(SIZES, l_slc=128), **changes)
+    with pytest.raises(ValueError, match=r"l_slc is 128; with heads wider than 64 in float32 they take at most 64"):
+        kernels.attend(case, make_inputs(case, torch.float32))
 
 
 @interpreted
@@ -238,6 +266,17 @@ BAD = [
     ("k_slc", lambda t: t[:, 0], r"k_slc has the shape \(59, 8\); it must have three dimensions"),
     ("k_slc", lambda t: None, r"k_slc is missing; the branches \['cmp', 'slc', 'win'\] need it"),
     ("k_cmp", lambda t: None, r"k_cmp is missing"),
+    (
+        "q",
+        lambda t: t[:0],
+        r"q is torch.float32 of shape \(0, 2, 8\); it must be \[tokens, heads, width\], none of them 0",
+    ),
+    ("q", lambda t: t[:, :0], r"q is torch.float32 of shape \(59, 0, 8\)"),
+    ("q", lambda t: t.to(torch.float8_e4m3fn), r"q is torch.float8_e4m3fn of shape .* 16, 32 or 64 bit"),
+    ("q", lambda t: t.to("meta"), r"gates is torch.float32 on cpu; it must be torch.float32 on meta as q is"),
+    ("q", lambda t: t[:, :1].expand(-1, 3, -1), r"gates has the shape .* it must be \(59, 3, 3\)"),
+    ("k_slc", lambda t: t.expand(-1, 2, -1), r"k_slc has the shape \(59, 2, 8\); .* it must be \(59, 1, 8\)"),
+    ("k_cmp", lambda t: t[:, :0], r"q has 2 heads; it must have a multiple of the 0 KV heads"),
 ]
 
 
@@ -246,6 +285,39 @@ def test_what_does_not_fit_is_named(name, change, message):
     x = {n: t.detach() for n, t in make_inputs(SMALL, torch.float32).items()}
     with pytest.raises(ValueError, match=message):
         kernels.attend(SMALL, {**x, name: change(x[name])}, Backend.torch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n": 2}, r"attention.n=2: smaller than the forced blocks .*; give at least 3"),
+        ({"local": 0}, r"attention.local=0: out of range; give at least 1"),
+        ({"initial": -1}, r"attention.initial=-1: out of range; give at least 0"),
+        ({"w": 0}, r"attention.w=0: out of range"),
+        ({"d": 3}, r"attention.l=8: not divisible by the stride attention.d=3"),
+        ({"l": 32}, r"attention.l=32: larger than attention.l_slc=16"),
+        ({"branches": []}, r"attention.branches=\[\]: no branch left"),
+    ],
+    ids=str,
+)
+def test_sizes_that_kernels_would_read_or_write_out_of_bounds_with_are_refused(changes, message):
+    case = replace(SMALL, sizes=replace(SIZES, **changes))
+    with pytest.raises(ValueError, match=message):
+        kernels.attend(case, make_inputs(SMALL, torch.float32), Backend.torch)
+
+
+def test_starts_that_are_not_of_these_documents_are_refused():
+    x = {n: t.detach() for n, t in make_inputs(SMALL, torch.float32).items()}
+    kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in ("slc", "win")}
+    starts = Documents.of(torch.tensor([0, 20, 40, 59]), CPU).blocks(8, 4).starts
+    with pytest.raises(ValueError, match=r"starts is \(\(2, 4\), torch.int32, .*; it must be \(\(2, 3\), torch.int32"):
+        nsa_attention(x["q"], kv, x["k_cmp"], x["v_cmp"], x["gates"], SMALL.cu_seqlens, SIZES, starts)
+
+
+@pytest.mark.parametrize("cu_seqlens", [[], [0], [[0, 5]], [0.0, 5.0], [False, True], [3, 5], [0, 5, 3]], ids=str)
+def test_no_documents_are_made_of_what_is_none(cu_seqlens):
+    with pytest.raises(ValueError, match=r"cu_seqlens is .* must run from 0 to the number of tokens in whole numbers"):
+        Documents.of(torch.tensor(cu_seqlens), CPU)
 
 
 @pytest.mark.parametrize("backend", [Backend.torch, pytest.param(Backend.triton, marks=interpreted)])

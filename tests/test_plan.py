@@ -93,14 +93,14 @@ def test_advice_is_true():
 
 
 MISTAKES = [
-    ("--gpus 0", "--gpus 0"),
-    ("--network -1", "--network -1.0"),
+    ("--gpus 0", "--gpus: 0"),
+    ("--network -1", "--network: -1"),
     ("oops", "oops"),
     ("model=nothing", "nothing"),
     ("parallel.tp=2 --gpus 3", "3 processes"),
     ("parallel.zero=0", "parallel.zero=0"),
     ("model.vocab_size=1001 model.kv_heads=2 parallel.tp=2 --gpus 2", "model.vocab_size=1001"),
-    ("--json /nowhere/plan.json", "--json /nowhere/plan.json"),
+    ("--json /dev/null/plan.json", "--json /dev/null/plan.json"),
 ]
 
 

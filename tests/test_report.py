@@ -66,6 +66,11 @@ def test_it_has_every_chart(page):
     assert NAMES[1] in words[4], "a dollar sign is no formula"
 
 
+def test_no_label_is_a_formula(page):
+    """Names are not read as TeX, so a tick that matplotlib writes in TeX would be shown as it is."""
+    assert "mathdefault" not in page
+
+
 def test_it_shows_only_what_differs_in_the_configurations(runs):
     rows = report.differences([r.config for r in runs])
     assert rows == {

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests import slurm
@@ -59,7 +61,7 @@ def warn(cluster, job: str) -> None:
     cluster("scancel", "--batch", "--signal=USR1", job)
 
 
-MODES = {"one torchrun a node": (1, [], preempt), "one task a GPU": (2, [TASKS], warn)}
+MODES = {"one supervisor a node": (1, [], preempt), "one task a GPU": (2, [TASKS], warn)}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -83,8 +85,12 @@ def test_a_run_that_had_to_stop_continues_and_equals_one_that_had_not(cluster, p
     assert len({name.rsplit("-", 1)[1] for name in sessions}) == 1, "one W&B run"
     assert list(place.glob(".*.exit")) == []
 
+    equals_one_that_nothing_happened_to(place, corpus, processes=2 * a_node)
+
+
+def equals_one_that_nothing_happened_to(place: Path, corpus: str, processes: int) -> None:
     whole = place / "whole"
-    train(corpus, whole, *options(corpus, "whole"), processes=2 * a_node, env={"OMP_NUM_THREADS": "1"})
+    train(corpus, whole, *options(corpus, "whole"), processes=processes, env={"OMP_NUM_THREADS": "1"})
     assert {s: (m["loss"], m["grad_norm"]) for s, m in lines(place / RUN).items()} == {
         s: (m["loss"], m["grad_norm"]) for s, m in lines(whole).items()
     }
@@ -95,6 +101,33 @@ def hashes(run: Path) -> dict[str, str]:
     """Of the weights and moments in the last checkpoint."""
     manifest = json.loads((run / f"checkpoints/step-{STEPS:08d}/MANIFEST.json").read_text())
     return {name: f["sha256"] for name, f in manifest["files"].items() if name.endswith(".safetensors")}
+
+
+def rank(number: int, job: str) -> psutil.Process:
+    """The process of a rank of a job under supervisors."""
+    for p in psutil.process_iter(["cmdline"]):
+        if "train.py" in " ".join(p.info["cmdline"] or []) and "-m" not in p.info["cmdline"]:
+            env = p.environ()
+            if (env.get("RANK"), env.get("SLURM_JOB_ID")) == (str(number), job):
+                return p
+    raise AssertionError(f"no rank {number} of job {job}")
+
+
+def test_a_rank_that_is_killed_and_one_that_hangs_are_started_again_in_the_same_job(cluster, place, corpus):
+    overrides = [*options(corpus), "checkpoint.every=20", "parallel.timeout=6"]
+    job, out = submit(cluster, place, *TWO_NODES, *overrides, SPARSETRON_PROCESSES="1", OMP_NUM_THREADS="1")
+    cluster.until_it_says(out, "step     30/")
+    rank(1, job).kill()
+    cluster.until_it_says(out, "exit code 70; starts again")
+    cluster.until_it_says(out, "step    100/")
+    rank(1, job).send_signal(signal.SIGSTOP)
+    cluster.until_it_says(out, "exit code 71; starts again")
+    assert cluster.until(job, "COMPLETED", "FAILED", "PENDING") == "COMPLETED", out.read_text()
+
+    assert "hangs: rank 1 (host " in out.read_text()
+    assert out.read_text().count("starts again") == 2, "one of two supervisors says it"
+    assert "Restarts=0" in cluster("scontrol", "--oneliner", "show", "job", job)
+    equals_one_that_nothing_happened_to(place, corpus, processes=2)
 
 
 def test_a_cancelled_run_saves_and_stays_cancelled(cluster, place, corpus):

@@ -142,7 +142,19 @@ def _batches_of_one_rank(corpus: str, damaged: str, tp: int) -> list:
     loader = open_loader(cfg, place, "train", {damaged if place.rank == 1 else corpus: 1.0})
     saver = Saver(Path(damaged).parent / "run", None, place, cfg.checkpoint, print)
     run = Run(
-        cfg, place, Stop(), loader.vocab_size, loader, None, None, None, None, Clock(), Waits(cfg, place.device), saver
+        cfg,
+        place,
+        Stop(),
+        loader.vocab_size,
+        loader,
+        None,
+        None,
+        None,
+        None,
+        Clock(),
+        Waits(cfg, place.device),
+        None,
+        saver,
     )
     out = []
     for _ in range(6):
