@@ -176,8 +176,8 @@ class Engine:
         return adamw.state[master]
 
     def _time_parts(self) -> None:
-        """What of a step is DeepSpeed's own: the reduction of gradients under ZeRO 1 (what backward has not hidden; 2 and
-        3 have it inside backward), and the instructions of a pipeline."""
+        """What of a step is DeepSpeed's own: the reduction of gradients under ZeRO 1 (what backward has not hidden;
+        2 and 3 have it inside backward), and the instructions of a pipeline."""
         if self.zero == 1:
             reduce = self.deepspeed.allreduce_gradients
             self.deepspeed.allreduce_gradients = self.stopwatch.timed("reduce_gradients", reduce)
