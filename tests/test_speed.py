@@ -79,7 +79,7 @@ MISTAKES = [
     ("--rows 2gpu", "needs 2 GPUs"),
     ("--rows 4gpu", "needs 4 GPUs"),
     ("--row tiny --steps 5 --every 5", "two intervals"),
-    ("--row tiny --json /nowhere/b.json", "not writable"),
+    ("--row tiny --json /dev/null/b.json", "not writable"),
 ]
 
 
