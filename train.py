@@ -6,6 +6,7 @@ Exit codes are in configs/errors.py.
 
 import os
 import sys
+import time
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -28,6 +29,7 @@ from launch.meter import Meter, environment
 from launch.processes import die_with_parent
 from launch.profile import Trace
 from launch.stop import REASONS, Stop
+from launch.stragglers import Stragglers
 from parallel import checkpoint, health, mesh, metrics, repeat
 from parallel.comm import agree, host_gather, host_sum, together
 from parallel.engine import Engine
@@ -109,6 +111,7 @@ class Run:
     meter: Meter
     guard: Guard
     clock: Clock
+    stragglers: Stragglers
     saver: Optional[Saver] = None
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
     log: Optional[RunLog] = None  # on rank 0
@@ -146,6 +149,8 @@ class Totals:
     dense_flops: int  # that its full-attention twin would need
     padding: int  # tokens of no document
     stop: Optional[tuple[int, str]]  # exit code and reason, if some rank was asked to stop
+    retries: int  # requests for data that were made again
+    before: float  # seconds of the step in which this rank waited for no other
 
 
 @dataclass(frozen=True)
@@ -171,15 +176,16 @@ def next_batches(run: Run, loader: Loader | RandomRows) -> tuple[list[Batch], To
     padding = sum(b.padding for b in batches)
     asked = run.stop.asked(Path(run.cfg.run.dir)) or run.clock.asked()
     counts = [targets, flops, dense, padding]
-    facts = [error is not None, bool(loader.damaged), run.saver.finished]
+    facts = [error is not None, bool(loader.damaged), run.saver.finished, loader.retries]
+    before = time.monotonic() - run.clock.since
     sums = host_sum([*facts, *(asked == reason for reason in REASONS), *counts], run.mesh)
     if sums[0]:
         raise next(e for e in host_gather(error, run.mesh) if e)
     if sums[2] == run.mesh.world:
         run.saver.wait()
-    stop = next((REASONS[reason] for reason, count in zip(REASONS, sums[3:]) if count), None)
+    stop = next((REASONS[reason] for reason, count in zip(REASONS, sums[4:]) if count), None)
     same = run.mesh.tp.size * run.mesh.pp.size  # this many ranks hold each row
-    totals = Totals(*(s // same for s in sums[3 + len(REASONS) :]), stop)
+    totals = Totals(*(s // same for s in sums[4 + len(REASONS) :]), stop, sums[3], before)
     return skip_damaged(run, loader, batches, totals) if sums[1] else (batches, totals)
 
 
@@ -199,13 +205,16 @@ def skip_damaged(run: Run, loader: Loader, batches: list[Batch], totals: Totals)
 
 def write_step(run: Run, step: Step) -> None:
     """Log a step, which waits for the device."""
-    measured = run.meter.read()
+    measured, parts = run.meter.read(), run.engine.stopwatch.read()
+    measured |= run.stragglers.look(step.totals.before, parts, measured["step_s"])
     if run.log:
         values = {"step": run.step, "tokens": run.tokens, "loss": float(step.loss), "grad_norm": float(step.norm)}
         values |= {"lr": step.lr, "batch": run.loader.batch, "padding": run.padding, "rows_skipped": run.loader.skipped}
         values |= {"updates_skipped": run.guard.skipped, "loss_spikes": run.guard.spikes}
-        values["goodput"] = run.clock.goodput()
-        run.log.step({**values, **measured, **run.engine.stopwatch.read()})
+        values |= {"goodput": run.clock.goodput(), "data/retries": step.totals.retries}
+        run.log.step({**values, **measured, **parts})
+        if run.stragglers.news:
+            run.log.say(run.stragglers.news)
 
 
 def write_skipped(run: Run, step: Step) -> None:
@@ -275,6 +284,7 @@ def start(text: str, stop: Stop) -> tuple[int, str]:
         Meter(cfg, place, full),
         Guard(cfg.guard, cfg.train.steps),
         clock,
+        Stragglers(place),
     )
     run.rollbacks = agree(place, lambda: rollbacks.read(Path(cfg.run.dir)))
     loader.skip += [tuple(r["batches"]) for r in run.rollbacks]

@@ -108,6 +108,11 @@ class Loader:
         return self.manifest.tokenizer["vocab_size"]
 
     @property
+    def retries(self) -> int:
+        """Requests to servers that failed and were made again, in this process."""
+        return sum(s.store.retries for s in self.sources)
+
+    @property
     def fingerprint(self) -> str:
         """Names the data sets."""
         names = [s.manifest.fingerprint for s in self.sources]

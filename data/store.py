@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +37,7 @@ class Store(Protocol):
     """Files of one data set."""
 
     where: str
+    retries: int  # requests that failed and were made again, in this process
 
     def read(self, name: str) -> bytes:
         """A small file, whole. Raises FileNotFoundError, DataError."""
@@ -57,6 +59,8 @@ def open_store(path: str, limits: Limits) -> Store:
 class Local:
     """A directory."""
 
+    retries = 0
+
     def __init__(self, where: str):
         self.where = where
 
@@ -76,6 +80,7 @@ class Remote:
         self.where, self.limits = where, limits
         self.cache = Cache(Path(limits.cache).expanduser(), limits.bytes)
         self.files = filesystem(kind, where)
+        self.retries, self._counting = 0, threading.Lock()
 
     def read(self, name: str) -> bytes:
         """A small file, whole."""
@@ -99,6 +104,7 @@ class Remote:
                 return
             if attempt == 2:
                 raise self._fault(entry.path, "does not match its hash", "restore it on the server")
+            self._again()
 
     def _persist(self, name: str, start: int | None, end: int | None, size: int = 0) -> bytes:
         """Bytes [start, end) of a file, tried again with growing pauses until the time is over."""
@@ -115,8 +121,13 @@ class Remote:
                 if spent + pause > self.limits.seconds:
                     why = f"cannot be had in {spent:.0f} s ({type(e).__name__} {str(e)[:200]})"
                     raise self._fault(name, why, "try later, or raise data.timeout") from e
+            self._again()
             time.sleep(pause)
             pause = min(pause * 2, 10.0)
+
+    def _again(self) -> None:
+        with self._counting:  # several threads fetch
+            self.retries += 1
 
     def _request(self, name: str, start: int | None, end: int | None, size: int) -> bytes:
         from fsspec.asyn import sync

@@ -27,7 +27,7 @@ class RandomRows:
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.skip = [(first, last) for first, last in skip]
         self.paths: list[str] = []
-        self.consumed = self.skipped = 0
+        self.consumed = self.skipped = self.retries = 0
         self.damaged: dict[int, DataError] = {}  # always: nothing is read
 
     @property

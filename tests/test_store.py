@@ -21,6 +21,7 @@ from data.loader import Loader
 from data.shards import Shard, read_manifest
 from data.store import Cache, Limits, open_store
 from tests.server import free_port, serve
+from tests.test_train import lines, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -190,9 +191,17 @@ def failing(corpus):
 def test_a_server_that_fails_for_a_while(failing, corpus, tmp_path, plan):
     failing.plan = list(plan)
     entry = read_manifest(corpus).splits["train"][0]
-    path = open_store(failing.address_text, limits(tmp_path, seconds=4.0)).path(entry)
-    assert path.read_bytes() == Path(corpus, entry.path).read_bytes()
+    store = open_store(failing.address_text, limits(tmp_path, seconds=4.0))
+    assert store.path(entry).read_bytes() == Path(corpus, entry.path).read_bytes()
     assert failing.seen == [*plan, "well"]
+    assert store.retries == len(plan)
+
+
+def test_a_run_logs_how_often_its_server_was_asked_again(failing, tmp_path):
+    failing.plan = ["503"] * 3
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    train(failing.address_text, run, "train.steps=3", f"data.cache_dir={cache}", "checkpoint.last=false")
+    assert [m["data/retries"] for m in lines(run).values()] == [3, 3, 3]
 
 
 @pytest.mark.parametrize(("plan", "says"), [("503", "503"), ("stall", "Timeout"), ("short", ""), ("flip", "hash")])

@@ -140,7 +140,7 @@ def _batches_of_one_rank(corpus: str, damaged: str, tp: int) -> list:
     cfg.data.on_bad_shard = OnBadShard.skip
     loader = open_loader(cfg, place, "train", {damaged if place.rank == 1 else corpus: 1.0})
     saver = Saver(Path(damaged).parent / "run", None, place, cfg.checkpoint, print)
-    run = Run(cfg, place, Stop(), loader.vocab_size, loader, None, None, None, None, Clock(), saver)
+    run = Run(cfg, place, Stop(), loader.vocab_size, loader, None, None, None, None, Clock(), None, saver)
     out = []
     for _ in range(6):
         made, totals = next_batches(run, loader)

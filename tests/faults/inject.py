@@ -4,6 +4,7 @@ Numbers that go wrong (nan) do so each time that the step is made, as they would
 """
 
 import ctypes
+import errno
 import os
 import signal
 import time
@@ -45,7 +46,28 @@ def _loop(run: train.Run) -> None:
         pass
 
 
+def _late(run: train.Run) -> None:
+    train.train_step = lambda run: (time.sleep(0.2), step(run))[1]
+
+
+def _slow_forward(run: train.Run) -> None:
+    run.engine.deepspeed.module.register_forward_pre_hook(lambda module, args: time.sleep(0.1))  # two a step
+
+
+def _reader(run: train.Run, fail) -> None:
+    """From now on the thread that reads ahead does this instead."""
+    run.loader.sources[0].shard = lambda index: fail()
+
+
+def _broken_disk() -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
 KINDS = {
+    "late": _late,
+    "slow forward": _slow_forward,
+    "reader hangs": lambda run: _reader(run, lambda: time.sleep(600)),
+    "reader fails": lambda run: _reader(run, _broken_disk),
     "stop": lambda run: os.kill(os.getpid(), signal.SIGSTOP),
     "loader": _loader,
     "loop": _loop,
