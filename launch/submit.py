@@ -56,14 +56,15 @@ def submit_array(jobs: list[Job], options: list[str]) -> None:
     array.mkdir(parents=True, exist_ok=True)
     for i, job in enumerate(jobs):
         (array / str(i)).write_text("".join(f"{override}\0" for override in job.overrides))
-    tasks = [f"--array=0-{len(jobs) - 1}", f"--output={array}/%a.out"]
+    pattern = str(array).replace("%", "%%")  # slurm's patterns begin with it
+    tasks = [f"--array=0-{len(jobs) - 1}", f"--output={pattern}/%a.out"]
     number = sbatch(*tasks, *options, str(SCRIPT), str(array))
     print(f"job array {number}: {len(jobs)} runs in {folder}")
 
     runs = [str(job.directory.absolute()) for job in jobs]
     command = [sys.executable, "-m", "launch.compare", "--finished", *runs, "--output", str(folder / "compare.html")]
     wrap = f"cd {shlex.quote(str(ROOT))} && {shlex.join(command)}"
-    small = ["--nodes=1", "--ntasks=1", "--job-name=compare", f"--output={array}/compare.out"]
+    small = ["--nodes=1", "--ntasks=1", "--job-name=compare", f"--output={pattern}/compare.out"]
     other = [option for option in options if not option.startswith((*SHAPE, "--array"))]
     after = sbatch(*other, *small, f"--dependency=afterany:{number}", f"--wrap={wrap}")
     print(f"job {after}: their comparison, {folder / 'compare.html'}")

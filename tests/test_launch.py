@@ -127,6 +127,44 @@ def test_slurm_passes_options_on_as_they_are(slurm, mode):
     assert not Path(slurm["CALLS"]).exists(), "a run that is done is not queued again"
 
 
+NASTY = [
+    "a b",
+    "it's",
+    'say "so"',
+    "$(touch harm)",
+    "`touch harm`",
+    "; touch harm",
+    "$HOME",
+    "*",
+    "two\nlines",
+    "\\",
+    "%j",
+    "-n",
+]
+
+
+@pytest.mark.parametrize("mode", [{}, TASKS], ids=["torchrun", "tasks"])
+def test_slurm_hands_on_names_that_a_shell_would_read_otherwise(slurm, tmp_path, mode):
+    """F36: each byte arrives, nothing is executed."""
+    options = [f"run.dir={name}" for name in NASTY]
+    assert (
+        subprocess.run(["bash", LAUNCH / "slurm.sbatch", *options], env={**slurm, **mode}, cwd=tmp_path).returncode == 0
+    )
+    assert (Path(slurm["OUT"]) / "rank0").read_text() == "\n".join(["2", *options])
+    assert not list(tmp_path.glob("**/harm"))
+
+
+def test_slurm_takes_them_from_the_file_of_an_array_too(slurm, tmp_path):
+    array = tmp_path / "it's $(touch harm)"
+    array.mkdir()
+    options = [f"run.dir={name}" for name in NASTY]
+    (array / "3").write_text("".join(f"{o}\0" for o in options))
+    job = {**slurm, **TASKS, "SLURM_ARRAY_TASK_ID": "3"}
+    assert subprocess.run(["bash", LAUNCH / "slurm.sbatch", str(array)], env=job, cwd=tmp_path).returncode == 0
+    assert (Path(slurm["OUT"]) / "rank0").read_text() == "\n".join(["2", *options])
+    assert not list(tmp_path.glob("**/harm"))
+
+
 def test_slurm_does_not_queue_a_failed_run_again(slurm):
     assert sbatch({**slurm, **TASKS, "CODE": "65"}, "a=b").wait(120) == 65
     assert not Path(slurm["CALLS"]).exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch import submit
+from launch.compose import compose, from_text
 from tests.test_compose import NEEDED
 
 
@@ -20,6 +21,38 @@ def queued(monkeypatch, tmp_path) -> Path:
     monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     return calls
+
+
+NAMES = ["a b", "it's", 'say "so"', "$(touch harm)", "`touch harm`", "; touch harm", "100%", "two\nlines"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_a_shell_would_read_otherwise(queued, name, monkeypatch):
+    """F36: sbatch gets each byte; the script that it gets for the comparison is one that executes no name."""
+    script = queued.parent / "bin/sbatch"
+    script.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" '' >>{queued}\necho 101\n")
+    quoted = "'" + name.replace("'", r"\'") + "'"
+    arguments = [*NEEDED, f"run.dir={quoted}"]
+    assert submit.main(["--gpus-per-node=1", *arguments]) == 0
+    assert submit.main(["--gpus-per-node=1", "-m", *arguments, "seed=0,1"]) == 0
+    run, array, comparison = (job.split("\0") for job in queued.read_text().split("\0\0")[:-1])
+    assert run[-len(arguments) :] == arguments
+    folder = queued.parent / name
+    assert array[-1] == f"{folder}/array"
+    assert f"--output={str(folder).replace('%', '%%')}/array/%a.out" in array
+    overrides = (folder / "array/1").read_text().split("\0")
+    assert from_text(_composed(overrides[:-1], monkeypatch)).run.dir == f"{name}/seed-1"
+    wrap = next(a for a in comparison if a.startswith("--wrap=")).removeprefix("--wrap=")
+    subprocess.run(["bash", "-n"], input=wrap, text=True, check=True)
+    done = subprocess.run(["sh", "-c", wrap], capture_output=True, text=True, check=False)
+    assert done.returncode == 66, done.stderr
+    assert " ".join(f"left out: {folder}/seed-0: it has not ended".split()) in " ".join(done.stderr.split())
+    assert not list(queued.parent.glob("**/harm"))
+
+
+def _composed(overrides: list[str], monkeypatch) -> str:
+    monkeypatch.setattr("sys.argv", ["train.py", *overrides])
+    return compose(1)
 
 
 def jobs(queued: Path) -> list[list[str]]:
