@@ -7,6 +7,7 @@ that a server that is slow, down or silent costs a run nothing but a wait at its
 
 import itertools
 import json
+import logging
 import netrc
 import os
 import threading
@@ -89,6 +90,7 @@ def start(directory: Path, wanted: WandbMode, timeout: float) -> Any:
         os.environ.setdefault(name, str(directory.absolute()))
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry waits 10 s for a silent server at exit
+    logging.raiseExceptions = False  # its log on a full disk: each line would become a page on stderr
     import wandb  # takes a second, and is not needed where it is disabled
 
     config = yaml.safe_load((directory / "config.yaml").read_text())
@@ -141,4 +143,6 @@ def has_key() -> bool:
 
 def reason(error: Exception) -> str:
     """An error of W&B on one line."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error} (pip install wandb)"
     return " ".join(str(error).split())[:200]

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -15,6 +17,7 @@ import yaml
 
 from configs.schema import WandbMode
 from launch import tracking, upload
+from tests.faults.test_disk import small_disk  # noqa: F401  a fixture
 from tests.test_compare import make_run
 from tests.test_train import ROOT, command, lines, train
 from tests.tiny import config
@@ -101,12 +104,66 @@ def test_a_server_that_does_not_answer_costs_no_step_and_little_at_the_end(corpu
         same(server.history((run / "wandb_id").read_text()), run)
 
 
-@pytest.mark.parametrize("kind", ["refuses", "answers 500"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dies", "429"])
+def test_a_server_that_dies_or_has_enough_costs_no_step_and_nothing_is_lost(corpus, tmp_path, kind):
+    run = tmp_path / "run"
+    with serve() as server:
+        started = subprocess.Popen(
+            command(corpus, run, "train.steps=60", *ONLINE),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **server.environment},
+        )  # fmt: skip
+        for line in started.stdout:
+            if line.startswith("step     30/") and kind == "dies":
+                server.shutdown()
+                server.server_close()
+            elif line.startswith("step     30/"):
+                server.status = 429
+            last = time.monotonic()
+        assert started.wait(60) == 0
+        assert time.monotonic() - last < 2 * LIMIT + 5
+    steps = [m["step_s"] for m in lines(run).values()]
+    assert len(steps) == 60
+    assert max(steps) < LIMIT / 2, "a step has waited for the server"
+    with serve() as server:
+        later = [sys.executable, "-m", "launch.upload", str(run)]
+        subprocess.run(later, cwd=ROOT, env={**os.environ, **server.environment}, timeout=60, check=True)
+        same(server.history((run / "wandb_id").read_text()), run)
+
+
+def test_without_the_package_a_run_is_made_all_the_same(tmp_path, monkeypatch):
+    make_full_run(tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as Python has it that a module is not to be found
+    said: list[str] = []
+    tracking.Tracker(config(run__dir=str(tmp_path / "run")), said.append).finish(0)
+    (line,) = said
+    assert re.match("warning: W&B is off: .*wandb", line)
+    assert "pip install wandb" in line
+
+
+def test_a_full_disk_for_what_it_keeps_turns_it_off_with_a_line(tmp_path, monkeypatch, capfd, small_disk):  # noqa: F811
+    make_full_run(tmp_path / "run")
+    with suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as f:
+        while True:
+            f.write(bytes(4096))
+    monkeypatch.setenv("WANDB_DIR", str(small_disk))
+    said: list[str] = []
+    begin = time.monotonic()
+    cfg = config(run__dir=str(tmp_path / "run"), wandb__mode=WandbMode.offline, wandb__timeout=LIMIT)
+    tracking.Tracker(cfg, said.append).finish(0)
+    assert time.monotonic() - begin < 2 * LIMIT + 5
+    wandb.teardown()  # it has files open there
+    (line,) = said
+    assert line.startswith("warning: W&B is off: ")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["refuses", "answers 500", "answers 401 to a bad key"])
 def test_a_server_that_fails_turns_it_off_with_a_line(tmp_path, monkeypatch, kind):
     make_full_run(tmp_path / "run")
     said: list[str] = []
     with serve() as server:
-        server.status = 500
+        server.status = 401 if "401" in kind else 500
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         monkeypatch.setenv("WANDB_BASE_URL", server.environment["WANDB_BASE_URL"] if kind != "refuses" else NOBODY)
         cfg = config(run__dir=str(tmp_path / "run"), wandb__mode=WandbMode.online, wandb__timeout=1.0)
