@@ -26,7 +26,7 @@ class Source:
 
     def __init__(self, path: str, split: str, long_documents: LongDocuments, verify: bool, limits: Limits):
         self.store: Store = open_store(path, limits)
-        self.manifest = _manifest(self.store)
+        self.manifest = manifest(self.store)
         self.entries = self.manifest.splits.get(split, [])
         if not len(self.entries) or not self.entries.tokens.any():
             raise DataError("data", path, f"the split {split} is empty", "prepare more data, or another --val-fraction")
@@ -118,7 +118,8 @@ class Source:
                 self._fetching[index] = background(partial(self.store.path, self.entries[index]), self._slots)
 
 
-def _manifest(store: Store) -> Manifest:
+def manifest(store: Store) -> Manifest:
+    """Of a data set. Raises DataError where it cannot be read."""
     try:
         return parse_manifest(store.read("manifest.json"), store.where)
     except (FileNotFoundError, NotADirectoryError) as e:

@@ -19,8 +19,8 @@ from configs.errors import CheckpointError, DataError, exit_code
 from configs.options import Options, place
 from configs.schema import Config, Data, sources
 from data import tokenizer
-from data.shards import parse_manifest
-from data.store import Limits, open_store
+from data.source import manifest
+from data.store import Limits, Store, open_store
 from launch.compose import from_text
 from parallel import checkpoint
 from parallel.mesh import Group, Mesh
@@ -40,6 +40,8 @@ def export(run: Path, output: Path) -> str:
         why = f"trained on random tokens (data.random={cfg.data.random}), which have no tokenizer"
         raise DataError("run", run, why, "export a run on prepared data")
     path, state = checkpoint.newest(run)
+    store = _store(cfg.data)
+    known = manifest(store).tokenizer
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -58,8 +60,9 @@ def _write(cfg: Config, path: str, state: dict[str, Any], temporary: Path) -> No
     reader = Reader(Path(path, checkpoint.PIECES))
     weights = temporary / "model.safetensors"
     save_file({name: reader.whole(name).contiguous() for name in sorted(reader.places)}, weights)
+    weights.chmod(0o640)  # it would be for its user alone
     content = {group: checkpoint.group(state["identity"], group) for group in ("model", "attention")}
-    content |= {"tokenizer": _tokenizer(cfg.data, temporary), "seq_len": cfg.data.seq_len, "checkpoint": str(path)}
+    content |= {"tokenizer": _tokenizer(store, known, temporary), "seq_len": cfg.data.seq_len, "checkpoint": str(path)}
     content |= {"step": state["step"], "tokens": state["tokens"], "sha256": checkpoint.sha256(weights)}
     (temporary / "config.json").write_text(json.dumps(content, indent=1) + "\n")
 
@@ -84,10 +87,13 @@ def _config(run: Path) -> Config:
         raise CheckpointError("run", run, f"not readable ({e})", "give a directory that train.py has made") from e
 
 
-def _tokenizer(data: Data, output: Path) -> dict[str, Any]:
-    """Write the ranks of the tokenizer of a run's data; returns what else there is to know of it."""
-    store = open_store(next(iter(sources(data))), Limits(data.cache_dir, int(data.cache_gib * 2**30), data.timeout))
-    known = parse_manifest(store.read("manifest.json"), store.where).tokenizer
+def _store(data: Data) -> Store:
+    """Where the run's data lies, the first of several: all have one tokenizer."""
+    return open_store(next(iter(sources(data))), Limits(data.cache_dir, int(data.cache_gib * 2**30), data.timeout))
+
+
+def _tokenizer(store: Store, known: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Write the ranks of the tokenizer that a manifest names; returns what else there is to know of it."""
     file = output / "tokenizer.tiktoken"
     if known["ranks"]:
         file.write_bytes(store.read(known["ranks"]))

@@ -92,6 +92,7 @@ def write(folder: Path, snapshot: Snapshot, rank: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank-{rank:05d}.safetensors"
     save_file(tensors, path, header)
+    path.chmod(0o640)  # it would be for its user alone
     return path
 
 

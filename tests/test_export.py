@@ -40,6 +40,22 @@ def test_it_has_config_and_tokenizer(exported):
     assert encoding._pat_str == content["tokenizer"]["pattern"]
 
 
+def test_without_the_data_it_is_one_line_and_leaves_nothing(exported, tmp_path, monkeypatch, capsys):
+    shutil.copytree(exported / "run", tmp_path / "run", symlinks=True)
+    text = (tmp_path / "run/config.yaml").read_text()
+    moved = OmegaConf.create(text)
+    moved.data.path = "gone"
+    (tmp_path / "run/config.yaml").write_text(OmegaConf.to_yaml(moved))
+    monkeypatch.chdir(tmp_path)
+    assert export.main(["run", "model"]) == 65
+    assert capsys.readouterr().err.startswith("error: ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_the_group_can_read_it(exported):
+    assert {p.stat().st_mode & 0o777 for p in (exported / "model").iterdir()} == {0o640}
+
+
 def logits_of_run(cfg: Config) -> tuple[MicroBatch, torch.Tensor]:
     """A batch and what a trained engine, now saved, says to it."""
     place, loader, engine = build(cfg)

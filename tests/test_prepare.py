@@ -317,6 +317,25 @@ def test_killed_while_it_writes_shards_it_goes_on_and_its_workers_end(tmp_path):
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
+def workers_of(pid: int) -> list[int]:
+    return [p for p in children(pid) if "spawn_main" in Path(f"/proc/{p}/cmdline").read_text()]
+
+
+def test_a_worker_that_is_killed_ends_it_with_a_line_and_it_goes_on(tmp_path):
+    small = ["--shard-tokens", "8000"]
+    command = [sys.executable, "-m", "data.prepare", *limited(tmp_path / "out"), *small]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: len(workers_of(process.pid)) == 2)
+        workers = workers_of(process.pid)
+        os.kill(workers[-1], signal.SIGKILL)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 70
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "worker process: was killed" in line
+    assert not any(alive(pid) for pid in workers)
+    assert prepare.main([*limited(tmp_path / "out"), *small]) == 0
+
+
 def test_what_was_begun_is_not_mixed_with_other_input_or_shared(sources, tmp_path, capsys, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.part/train-000000.tmp")

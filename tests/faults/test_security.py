@@ -36,6 +36,11 @@ def test_others_can_read_nothing_and_the_group_writes_nothing(run):
             assert p.stat().st_mode & 0o027 == 0, f"{p} {p.stat().st_mode:o}"
 
 
+def test_the_group_can_read_a_checkpoint(run):
+    modes = {p.stat().st_mode & 0o777 for p in run.glob("checkpoints/**/*") if p.is_file() and not p.is_symlink()}
+    assert modes == {0o640}
+
+
 @pytest.mark.parametrize(
     "option",
     ["wandb.project=hf_nobodymayread", "wandb.project=${oc.env:HF_TOKEN}", "data.path=http://me:hunter22@host/x"],
