@@ -40,22 +40,23 @@ def export(run: Path, output: Path) -> str:
         why = f"trained on random tokens (data.random={cfg.data.random}), which have no tokenizer"
         raise DataError("run", run, why, "export a run on prepared data")
     path, state = checkpoint.newest(run)
-    store = _store(cfg.data)
-    known = manifest(store).tokenizer
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         _write(cfg, path, state, temporary)
         os.rename(temporary, output)
     except OSError as e:
-        shutil.rmtree(temporary, ignore_errors=True)
         why = f"cannot be written ({e.strerror or e})"
         raise CheckpointError("output", output, why, "give it space and permission, or choose another") from e
+    finally:  # there is none any more if all went well
+        shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 
 def _write(cfg: Config, path: str, state: dict[str, Any], temporary: Path) -> None:
     """The model of a checkpoint with this state, into a new directory."""
+    store = _store(cfg.data)
+    known = manifest(store).tokenizer
     temporary.mkdir(parents=True)
     reader = Reader(Path(path, checkpoint.PIECES))
     weights = temporary / "model.safetensors"

@@ -80,7 +80,7 @@ def test_bf16_stays_near_fp32(one_gpu, layout):
 
 
 def saves_of_a_billion(cfg: Config) -> tuple[list[dict], list[dict]]:
-    """Three saves each way of 1.15 B parameters, with training behind where it can be; what each took, its files."""
+    """Two saves each way of 1.15 B parameters, with training behind where it can be; what each took, its files."""
     place = mesh.build(1, 1)
     engine = Engine(cfg, 50304, place)
     tokens = torch.zeros(1, cfg.data.seq_len, dtype=torch.int32)
@@ -92,7 +92,7 @@ def saves_of_a_billion(cfg: Config) -> tuple[list[dict], list[dict]]:
         began = time.perf_counter()
         saver = Saver(Path(cfg.run.dir), engine, place, options, reports.append)
         start = time.perf_counter() - began
-        for _ in range(3):
+        for _ in range(2):
             step += 1
             torch.cuda.synchronize()
             saver.save(step, {"step": step, "tokens": 0})
@@ -113,11 +113,11 @@ def test_training_stands_still_for_a_second_at_most_while_a_billion_parameters_a
     cfg = tiny.change(cfg, train__precision=Precision.bf16, train__global_batch=1, data__seq_len=1024)
     cfg = tiny.change(cfg, checkpoint__every=1, checkpoint__keep=1)
     ((reports, files),) = ranks.run(1, saves_of_a_billion, cfg, timeout=540)
-    for r, how in zip(reports, ["synchronous"] * 3 + ["asynchronous"] * 3):
+    for r, how in zip(reports, ["synchronous"] * 2 + ["asynchronous"] * 2):
         took = f"stall {r['save_stall_s']:.2f} s, published in {r['save_background_s']:.1f} s"
         print(f"{how}, save {r['step']}: {r['save_gib']:.2f} GiB, {took}, {r['start_s']:.1f} s before the first step")
-    assert files[0] == files[2] == files[3], "the copy is what was on the device"
-    assert all(r["save_stall_s"] <= 1 for r in reports[3:])
+    assert files[0] == files[1] == files[2], "the copy is what was on the device"
+    assert all(r["save_stall_s"] <= 1 for r in reports[2:])
 
 
 @pytest.mark.parametrize("attention", ["nsa", "full"])
