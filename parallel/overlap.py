@@ -19,9 +19,7 @@ class Reducer:
     Each parameter is `added` to once a micro-batch. One that gets no gradient only delays: `finish` starts the rest.
     """
 
-    def __init__(
-        self, flat: list[Tensor], sizes: list[list[int]], group: Group, micro_batches: int, piece: int = PIECE
-    ):
+    def __init__(self, flat: list[Tensor], sizes: list[list[int]], group: Group, micro_batches: int):
         self.group = group
         self.pieces: list[Tensor] = []  # as they start: backward comes from the end of the model
         self.piece_of: dict[tuple[int, int], int] = {}
