@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from configs.errors import FINAL, PREEMPTED, RunError
+from configs.options import Options
 from launch import processes
 from launch.clock import STARTED, process_start
 from launch.compose import compose, from_text, is_multirun
@@ -64,13 +65,13 @@ class Job:
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
     stop = Stop()
-    options, overrides = _parse(arguments)
-    train = [os.environ.get("SPARSETRON_TRAIN", str(ROOT / "train.py")), *overrides]
-    sys.argv = train
-    if is_multirun() and options.nodes == 1:  # starts a supervisor for each run
-        os.environ["SPARSETRON_PROCESSES"] = str(options.n)
-        os.execv(sys.executable, [sys.executable, *train])
     try:
+        options, overrides = _parse(arguments)
+        train = [os.environ.get("SPARSETRON_TRAIN", str(ROOT / "train.py")), *overrides]
+        sys.argv = train
+        if is_multirun() and options.nodes == 1:  # starts a supervisor for each run
+            os.environ["SPARSETRON_PROCESSES"] = str(options.n)
+            os.execv(sys.executable, [sys.executable, *train])
         text = _compose(options)
         if not text:  # Hydra showed something
             return 0
@@ -84,7 +85,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # --help is that of train.py
+    parser = Options("python -m launch.supervise", add_help=False, allow_abbrev=False)  # --help is that of train.py
     parser.add_argument("-n", type=int)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--node", type=int, default=int(os.environ.get("SLURM_NODEID", "0")))
