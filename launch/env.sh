@@ -1,7 +1,5 @@
 # Environment of a run, sourced by local.sh and slurm.sbatch. What is already set stays.
 export PYTHONUNBUFFERED=1 # progress lines appear when they are printed
-# CPU threads sleep while they wait: spinning ones made a run twenty times slower on a machine with other work.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 # Less fragmentation at long context.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 # A lost peer ends the run instead of hanging it.

@@ -55,7 +55,7 @@ def check_documents(cu_seqlens: Tensor, n: int | None = None) -> None:
     """
     whole = cu_seqlens.dim() == 1 and cu_seqlens.dtype in (torch.int32, torch.int64)
     ends = cu_seqlens.tolist() if whole else []
-    fits = len(ends) > 1 and ends[0] == 0 and ends[-1] == (ends[-1] if n is None else n)
+    fits = len(ends) > 1 and ends[0] == 0 and n in (None, ends[-1])
     if not fits or any(b < a for a, b in itertools.pairwise(ends)):
         end = "the number of tokens" if n is None else n
         wanted = f"run from 0 to {end} in whole numbers (int32 or int64) and never decrease"

@@ -10,6 +10,7 @@ import subprocess
 import tarfile
 import threading
 import typing
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -20,6 +21,7 @@ if not torch.cuda.is_available():  # triton reads it when it is imported: its ke
     os.environ["TRITON_INTERPRET"] = "1"
 
 from data import prepare
+from tests.disks import mount
 
 torch.set_num_threads(1)
 
@@ -49,3 +51,13 @@ def corpus(tmp_path_factory, texts) -> str:
     files = ["--input", str(folder / "texts.jsonl"), "--output", str(folder / "tokens")]
     assert prepare.main([*files, *options.split()]) == 0
     return str(folder / "tokens")
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Path:
+    """A disk of 400 kB, less than a checkpoint needs."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount(disk, "size=400k")
+    yield disk
+    subprocess.run(["umount", disk], check=True)

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import library
 from torch.utils.checkpoint import checkpoint
 
 from configs.errors import ConfigError
@@ -178,8 +179,8 @@ def test_the_operators_keep_the_rules_of_torch(monkeypatch):
         monkeypatch.setattr(fused, name, partial(noted, getattr(fused, name)))
     kernels.results(case, make_inputs(case, torch.float32), torch.ones(11, 2, 8))
     (forward, inputs), (backward, others) = calls
-    torch.library.opcheck(forward, inputs)
-    torch.library.opcheck(backward, others, test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(forward, inputs)
+    library.opcheck(backward, others, test_utils=("test_schema", "test_faketensor"))
 
 
 @interpreted

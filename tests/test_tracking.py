@@ -17,7 +17,6 @@ import yaml
 
 from configs.schema import WandbMode
 from launch import tracking, upload
-from tests.faults.test_disk import small_disk  # noqa: F401  a fixture
 from tests.test_compare import make_run
 from tests.test_train import ROOT, command, lines, train
 from tests.tiny import config
@@ -141,7 +140,7 @@ def test_without_the_package_a_run_is_made_all_the_same(tmp_path, monkeypatch):
     assert "pip install wandb" in line
 
 
-def test_a_full_disk_for_what_it_keeps_turns_it_off_with_a_line(tmp_path, monkeypatch, capfd, small_disk):  # noqa: F811
+def test_a_full_disk_for_what_it_keeps_turns_it_off_with_a_line(tmp_path, monkeypatch, capfd, small_disk):
     make_full_run(tmp_path / "run")
     with suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as f:
         while True:

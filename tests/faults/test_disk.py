@@ -13,6 +13,7 @@ from configs.errors import CheckpointError
 from configs.schema import Config, OnSaveError
 from parallel import checkpoint
 from tests import ranks, tiny
+from tests.disks import mount
 from tests.test_checkpoint import build, saver, state, steps
 from tests.test_train import command, errors, lines, train
 
@@ -62,23 +63,6 @@ def test_a_save_that_fails_can_be_skipped_but_not_the_last(corpus, tmp_path):
         assert said == ""
         assert ["save_failed" in r for r in reports] == [False, True, False]
         assert [Path(p).name for p in published] == ["step-00000003", "step-00000001"]
-
-
-def mount(disk: Path, options: str) -> None:
-    """A file system in memory."""
-    line = ["mount", "-t", "tmpfs", "-o", options, "none", str(disk)]
-    if subprocess.run(line, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount")
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Path:
-    """A disk of 400 kB, less than a checkpoint needs."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount(disk, "size=400k")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
 
 
 def test_a_full_disk_ends_a_run_with_one_line_and_keeps_what_was_published(corpus, small_disk):
