@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from launch import dashboard
@@ -21,7 +22,7 @@ SMALL = (
     "attention.l=8 attention.d=4 attention.l_slc=16 attention.n=4 attention.w=32 data.seq_len=128 "
     "train.global_batch=4 train.micro_batch=2 train.precision=fp32 optim.lr=3e-3 optim.min_lr=3e-4 optim.warmup=2 "
     "wandb.mode=disabled run.calibrate=0"
-).split()
+).split() + ["deterministic=true"] * torch.cuda.is_available()  # runs are compared bit for bit
 
 
 def command(corpus: str, run: Path, *overrides: str, processes: int = 1) -> list[str]:
