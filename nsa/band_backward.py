@@ -7,13 +7,22 @@ from torch import Tensor
 
 from configs.schema import Attention
 from nsa.band import FAR, SHORT, Band, beyond, branches, edges, lowest, shares_registers, tile_at
-from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, locate, narrow, precision, stretches
+from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, kind, locate, precision, stretches
 
 # By bytes of an element; those for 16 bits were timed on an H200.
-QUERIES = {2: Launch(64, 64, 4, 3), 4: Launch(64, 16, 4, 2)}
-KEYS = {2: Launch(64, 64, 4, 2), 4: Launch(32, 32, 4, 1)}
-BLOCKS = {2: Launch(64, 128, 8, 3), 4: Launch(32, 32, 4, 1)}  # where keys are compression blocks
-NARROW = Launch(128, 64, 4, 2)  # instead of these two, for 16-bit heads of 64 and less
+# By `tiles.kind`; timed on an H200 for 16 bits.
+QUERIES = {
+    "narrow": Launch(64, 64, 4, 3), "middle": Launch(64, 64, 4, 3), "wide": Launch(64, 64, 4, 2),
+    "fp32": Launch(64, 16, 4, 2),
+}  # fmt: skip
+KEYS = {
+    "narrow": Launch(128, 64, 4, 2), "middle": Launch(64, 64, 4, 2), "wide": Launch(32, 64, 4, 3),
+    "fp32": Launch(32, 32, 4, 1),
+}  # fmt: skip
+BLOCKS = {  # where keys are compression blocks
+    "narrow": Launch(128, 64, 4, 2), "middle": Launch(64, 128, 8, 3), "wide": Launch(64, 128, 8, 3),
+    "fp32": Launch(32, 32, 4, 1),
+}  # fmt: skip
 
 
 @triton.jit
@@ -230,7 +239,8 @@ def queries(
     _, heads, e = q.shape
     if not any(len(k) for k, _ in kv.values()):
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    g, how = heads // next(iter(kv.values()))[0].shape[1], QUERIES[q.element_size()]
+    key, value = next(iter(kv.values()))
+    g, how = heads // key.shape[1], QUERIES[kind(q, value)]
     how = SHORT if shares_registers(kv, how) else how
     bq, bn, (e1, e2), dq = how.queries(g), how.columns, halves(e), q.new_empty(q.shape)
     tensors, strides, there = branches(kv, bn, statistics)
@@ -263,8 +273,7 @@ def keys(
     m, groups, e = k.shape
     if m == 0:
         return torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
-    shape, how = _shape(q, k, v, band), (BLOCKS if band.keyed_by_block else KEYS)[q.element_size()]
-    how = NARROW if narrow(q, v) else how
+    shape, how = _shape(q, k, v, band), (BLOCKS if band.keyed_by_block else KEYS)[kind(q, v)]
     run = shift.shape[2]
     split = shape["G"] // run
     dk = k.new_empty(split, m, groups, e, dtype=torch.float32 if split > 1 else dtype)

@@ -79,6 +79,10 @@ WHOLE = [
     for qk, v in WIDTHS
     for group in GROUPS
 ]
+LARGE = [  # groups whose heads are fetched together
+    Case(f"{qk}/{v} group {group}, two KV heads", PACKED, 2 * group, 2, qk, v, Attention(n=n))
+    for (qk, v), group, n in zip((*WIDTHS, (128, 64)), (64, 32, 16, 16), (16, 6, 32, 16))
+]
 CHANGES = [
     {"n": 2, "initial": 0},
     {"n": 3},

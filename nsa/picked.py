@@ -8,41 +8,24 @@ Everything is summed in a fixed order. A chunk bounds what is held at once. Chos
 query: nothing is masked.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from configs.schema import Attention
+from nsa import hopper
 from nsa.memory import BACK_RUN, CHUNK
+from nsa.pairs import Pairs, sort
 from nsa.score import NONE
-from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, narrow, precision
+from nsa.tiles import LOG2E, Documents, Launch, columns, halves, kind, locate, precision
 
 RUN = 32  # pairs of a run forward; backward has BACK_RUN
-FORWARD = {2: Launch(64, 0, 4, 1), 4: Launch(64, 0, 4, 1)}  # by bytes of an element; a tile's keys are one block
-BACKWARD = {2: Launch(64, 0, 4, 2), 4: Launch(32, 0, 8, 1)}
-NARROW_BACKWARD = Launch(128, 0, 4, 2)  # for 16-bit heads of 64 and less
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """All pairs in order of (chunk, KV head, block)."""
-
-    keys: Tensor  # [n * h_kv * picks] int32, sorted
-    order: Tensor  # the same places: which pair, (token * h_kv + KV head) * picks + pick, int32
-    starts: Tensor  # [chunks * h_kv * blocks + 1] int32: where the pairs of a key start
-
-
-def sort(chosen: Tensor, chunk: int, blocks: int) -> Pairs:
-    """The pairs of chosen [n, h_kv, picks] from `score.choose`, in chunks of so many tokens."""
-    n, groups, _ = chosen.shape
-    first = torch.arange(n, dtype=torch.int32, device=chosen.device) // chunk * (groups * blocks)
-    keys = (chosen + first[:, None, None]).where(chosen != NONE, NONE)
-    keys, order = torch.sort(keys.flatten(), stable=True)
-    every = torch.arange(triton.cdiv(n, chunk) * groups * blocks + 1, dtype=torch.int32, device=chosen.device)
-    return Pairs(keys, order.int(), torch.searchsorted(keys, every, out_int32=True))
+FORWARD = Launch(64, 0, 4, 1)  # a tile's keys are one block
+BACKWARD = {  # by `tiles.kind`
+    "narrow": Launch(128, 0, 4, 2), "middle": Launch(64, 0, 4, 2), "wide": Launch(32, 0, 4, 2),
+    "fp32": Launch(32, 0, 8, 1),
+}  # fmt: skip
 
 
 @triton.jit
@@ -53,13 +36,13 @@ def _run(starts, key, blocks, RUN: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["documents", "chunk", "first"])
-def _forward(
+def _attend(
     q, k, k_rest, v, o, lse, keys, order, starts, tokens, documents, scale, chunk, first, blocks, q_t, q_h, k_h, v_h,
     G: tl.constexpr, GROUPS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     PICKS: tl.constexpr, INITIAL: tl.constexpr, SLC: tl.constexpr,
     BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a run of pairs, each to its block: o [chunk, h_kv, picks, h / h_kv, dv], lse without dv."""
+    """Of `attend` a run of pairs."""
     group = tl.program_id(1)
     key0 = (chunk * GROUPS + group) * blocks
     i, end = _run(starts, key0, blocks, RUN)
@@ -136,6 +119,21 @@ def _merge(
     tl.store(out + tile, acc.to(out.dtype.element_ty))
 
 
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    pairs: Pairs, documents: Documents, sizes: Attention, c: int,
+) -> None:  # fmt: skip
+    """Attention of the pairs of chunk c, each to its block: o [chunk, h_kv, picks, h / h_kv, dv], lse without dv."""
+    (n, heads, e), (_, groups, f), slc = q.shape, v.shape, sizes.l_slc
+    g, (e1, e2), picks, count = heads // groups, halves(e), o.shape[2], min(CHUNK, n - c * CHUNK)
+    _attend[triton.cdiv(count * picks, RUN), groups](
+        q, *columns(k, slc), columns(v, slc)[0], o, lse, pairs.keys, pairs.order, pairs.starts, documents.tokens,
+        documents.count, e**-0.5 * LOG2E, c, c * CHUNK, documents.tiles(slc), *q.stride()[:2], k.stride(1), v.stride(1),
+        G=g, GROUPS=groups, E=e1, E2=e2, F=f, PICKS=picks, INITIAL=sizes.initial, SLC=slc, BM=FORWARD.queries(g),
+        RUN=RUN, EXACT=precision(q), **FORWARD.options,
+    )  # fmt: skip
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, outputs: dict[str, Tensor], lse: Tensor, gates: Tensor, chosen: Tensor,
     documents: Documents, sizes: Attention,
@@ -146,23 +144,18 @@ def forward(
     outputs, each times its column of gates [n, h, branches]. q [n, h, dk], k [n, h_kv, dk], v [n, h_kv, dv]; chosen is
     from `score.choose`.
     """
-    n, heads, e = q.shape
+    n, heads, _ = q.shape
     _, groups, picks = chosen.shape
-    width, g, (e1, e2), slc = v.shape[2], heads // groups, halves(e), sizes.l_slc
+    width, g, slc = v.shape[2], heads // groups, sizes.l_slc
     o, at = outputs["slc"], {name: i for i, name in enumerate(outputs)}
     out, size, blocks = torch.empty_like(o), min(CHUNK, n), documents.tiles(slc)
     pairs = sort(chosen, CHUNK, blocks)
     o_part = q.new_empty(size, groups, picks, g, width)
     lse_part = q.new_empty(o_part.shape[:-1], dtype=torch.float32)
-    how, boxes = FORWARD[q.element_size()], (*columns(k, slc), columns(v, slc)[0])
+    how = hopper.attend if hopper.fits(q, v, slc) else attend
     for c, first in enumerate(range(0, n, CHUNK)):
         count = min(CHUNK, n - first)
-        _forward[triton.cdiv(count * picks, RUN), groups](
-            q, *boxes, o_part, lse_part, pairs.keys, pairs.order, pairs.starts, documents.tokens, documents.count,
-            e**-0.5 * LOG2E, c, first, blocks, *q.stride()[:2], k.stride(1), v.stride(1),
-            G=g, GROUPS=groups, E=e1, E2=e2, F=width, PICKS=picks, INITIAL=sizes.initial, SLC=slc, BM=how.queries(g),
-            RUN=RUN, EXACT=precision(q), **how.options,
-        )  # fmt: skip
+        how(q, k, v, o_part, lse_part, pairs, documents, sizes, c)
         _merge[count, groups](
             chosen, o_part, lse_part, o, lse, gates, outputs.get("cmp", o), outputs.get("win", o), out, first, n,
             GROUPS=groups, PICKS=picks, P=triton.next_power_of_2(picks), INITIAL=sizes.initial, NONE=NONE, G=g, F=width,
@@ -178,7 +171,7 @@ def _backward(
     G: tl.constexpr, GROUPS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     PICKS: tl.constexpr, SLC: tl.constexpr, BM: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Of a run of pairs dq [chunk, h_kv, picks, G, E + E2], of each stretch dk [h_kv, slots, SLC, E + E2] and dv."""
+    """Of `differentiate` a run of pairs."""
     group = tl.program_id(1)
     key0 = (chunk * GROUPS + group) * blocks
     i, end = _run(starts, key0, blocks, RUN)
@@ -280,6 +273,23 @@ def _merge_keys(
     tl.store(to_v, tl.load(to_v) + sum_v)
 
 
+def differentiate(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    pairs: Pairs, documents: Documents, c: int,
+) -> None:  # fmt: skip
+    """Of chunk c each pair's dq [chunk, h_kv, picks, h / h_kv, dk], each stretch's dk [h_kv, slots, l', dk] and dv."""
+    (n, heads, e), (_, groups, f), (_, slots, slc, _) = q.shape, v.shape, dk.shape
+    g, (e1, e2), picks, count = heads // groups, halves(e), dq.shape[2], min(CHUNK, n - c * CHUNK)
+    how = BACKWARD[kind(q, v)]
+    _backward[triton.cdiv(count * picks, BACK_RUN), groups](
+        q, *columns(k, slc), columns(v, slc)[0], do, shift, delta, dq, dk, dv, pairs.keys, pairs.order, pairs.starts,
+        documents.tokens, documents.count, e**-0.5 * LOG2E, c, documents.tiles(slc), c * CHUNK * groups * picks,
+        *q.stride()[:2], k.stride(1), v.stride(1), *do.stride()[:2], shift.shape[1], slots,
+        G=g, GROUPS=groups, E=e1, E2=e2, F=f, PICKS=picks, SLC=slc, BM=how.queries(g), RUN=BACK_RUN,
+        EXACT=precision(q), **how.options,
+    )  # fmt: skip
+
+
 def backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor,
     dq: Tensor, dk: Tensor, dv: Tensor, chosen: Tensor, documents: Documents, sizes: Attention,
@@ -291,25 +301,17 @@ def backward(
     """
     n, heads, e = q.shape
     _, groups, picks = chosen.shape
-    width, g, (e1, e2), slc = v.shape[2], heads // groups, halves(e), sizes.l_slc
+    width, g, slc = v.shape[2], heads // groups, sizes.l_slc
     size, blocks = min(CHUNK, n), documents.tiles(slc)
     pairs = sort(chosen, CHUNK, blocks)
     slots = triton.cdiv(size * picks, BACK_RUN) + blocks
     part = q.new_empty(size, groups, picks, g, e)
     dk_part = k.new_empty(groups, slots, slc, e, dtype=torch.float32)
     dv_part = v.new_empty(groups, slots, slc, width, dtype=torch.float32)
-    how, bt, boxes = BACKWARD[q.element_size()], max(1, 16 // g), (*columns(k, slc), columns(v, slc)[0])
-    how = NARROW_BACKWARD if narrow(q, v) else how
-    scale = e**-0.5
+    bt, scale = max(1, 16 // g), e**-0.5
     for c, first in enumerate(range(0, n, CHUNK)):
         count = min(CHUNK, n - first)
-        _backward[triton.cdiv(count * picks, BACK_RUN), groups](
-            q, *boxes, do, shift, delta, part, dk_part, dv_part, pairs.keys, pairs.order, pairs.starts,
-            documents.tokens, documents.count, scale * LOG2E, c, blocks, first * groups * picks,
-            *q.stride()[:2], k.stride(1), v.stride(1), *do.stride()[:2], shift.shape[1], slots,
-            G=g, GROUPS=groups, E=e1, E2=e2, F=width, PICKS=picks, SLC=slc, BM=how.queries(g), RUN=BACK_RUN,
-            EXACT=precision(q), **how.options,
-        )  # fmt: skip
+        differentiate(q, k, v, do, shift, delta, part, dk_part, dv_part, pairs, documents, c)
         _merge_queries[triton.cdiv(count, bt), groups](
             chosen, part, dq, first, n, groups, scale,
             PICKS=picks, NONE=NONE, G=g, E=e, W=triton.next_power_of_2(e), BT=bt, num_warps=4,

@@ -61,9 +61,12 @@ def halves(width: int) -> tuple[int, int]:
     return (first, rest) if rest & (rest - 1) == 0 else (0, 0)
 
 
-def narrow(q: Tensor, v: Tensor) -> bool:
-    """Whether heads are 16-bit and so narrow that a tile may have twice the rows."""
-    return q.element_size() == 2 and max(q.shape[2], v.shape[2]) <= 64
+def kind(q: Tensor, v: Tensor) -> str:
+    """Which tiles suit: "fp32", or for 16-bit elements "narrow" heads of 64 and less, "middle", "wide" above 128."""
+    if q.element_size() == 4:
+        return "fp32"
+    width = max(q.shape[2], v.shape[2])
+    return "narrow" if width <= 64 else "middle" if width <= 128 else "wide"
 
 
 def rows(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from configs.schema import Attention, Branch
-from nsa import Documents, band, band_backward, tiles
+from nsa import Documents, band, band_backward, hopper, pairs, tiles
 from nsa.cases import Case, make_inputs
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -88,6 +88,20 @@ def kernels(names: list[str], width: int) -> list[tuple[str, str]]:
     statistics = {name: (torch.empty(8 // run, 1136, run),) * 2 for name, run in runs.items()}
     forward = compiled(lambda: band.forward(x["q"], kv, documents, case.sizes))
     return forward + compiled(lambda: band_backward.queries(x["q"], kv, x["q"], statistics, documents, case.sizes))
+
+
+def chosen(qk: int, v: int) -> str:
+    """Machine code of attention to the chosen blocks by the copy engine."""
+    case = Case("any", (1100, 33), 32, 2, qk, v, Attention())
+    x = {name: t.detach() for name, t in make_inputs(case, torch.bfloat16).items()}
+    documents = tiles.Documents.of(
+        case.cu_seqlens, Documents.of(case.cu_seqlens, torch.device("cpu")).blocks(32, 16).starts
+    )
+    sorted_pairs = pairs.sort(torch.zeros(1133, 2, 14, dtype=torch.int32), 8192, documents.tiles(64))
+    o, lse = torch.empty(1133, 2, 14, 16, v, dtype=torch.bfloat16), torch.empty(1133, 2, 14, 16)
+    q, k, v = x["q"], x["k_slc"], x["v_slc"]
+    ((_, ptx),) = compiled(lambda: hopper.attend(q, k, v, o, lse, sorted_pairs, documents, case.sizes, 0))
+    return sass(ptx)
 
 
 def main() -> None:

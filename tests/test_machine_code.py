@@ -16,12 +16,27 @@ def look(*more: str) -> subprocess.CompletedProcess:
     script = [sys.executable, *(more or [str(ROOT / "tests/machine_code.py")])]
     done = subprocess.run(script, capture_output=True, text=True, env=env, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stderr.split()[-2]) > 100, "it has to have seen the products"
+    assert int(done.stderr.split()[-2]) > 20, "it has to have seen the products"
     return done
 
 
 def test_what_stays_in_a_loop_shares_no_register_with_what_does_not():
     assert look().stdout == ""
+
+
+def test_chosen_blocks_are_fetched_by_the_copy_engine_and_nothing_spills():
+    """For each width: loads (a block, and twice the queries of a tile, by panel), stores; STL would be a spill."""
+    report = """
+import sys
+from triton.runtime import driver
+from tests import machine_code as m
+driver.set_active(m.Hopper())
+codes = [m.chosen(*widths) for widths in ((64, 64), (128, 128), (192, 128))]
+print(*([c.count(word) for c in codes] for word in ("UTMALDG", "UTMASTG", "STL")))
+print(sum(c.count("HGMMA") for c in codes), "products", file=sys.stderr)
+"""
+    loads, stores = [2 + 8, 4 + 16, 5 + 24], [4, 8, 8]
+    assert look("-c", report).stdout.strip() == f"{loads} {stores} {[0, 0, 0]}"
 
 
 def test_it_would_be_seen():

@@ -11,8 +11,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import Attention, Backend, Branch, Compression
-from nsa import Documents, NSACore, fused, nsa_attention, reference
-from nsa.cases import ABLATIONS, CASES, WHOLE, Case, fitted, make_inputs
+from nsa import Documents, NSACore, fused, hopper, nsa_attention, picked, reference
+from nsa.cases import ABLATIONS, CASES, LARGE, WHOLE, Case, fitted, make_inputs
 from parallel.rope import Rope
 from tests import kernels, ranks, tiny
 from tests.test_nsa_kernels import check_block_linear, check_causal, check_ties, core_results
@@ -27,7 +27,8 @@ JOBS = [
     *((case, BF16) for case in WHOLE),
     *((case, FP32) for case in WHOLE[::2]),
     *((case, FP16) for case in WHOLE[2::5]),
-    *((case, BF16) for case in ABLATIONS),
+    *((case, BF16) for case in ABLATIONS + LARGE),
+    (LARGE[0], FP16),
     *((fitted(case), BF16) for case in CASES),
     *((fitted(case), FP32) for case in CASES[::2]),
 ]
@@ -86,6 +87,22 @@ def test_a_core_computes_alike_by_kernels_and_by_torch(compression):
 def test_ties_go_to_the_smaller_block():
     sizes = Attention(l=16, d=16, l_slc=32, n=3, initial=1, local=1, w=16)
     check_ties("cuda", BF16, Case("ties", (300,), 4, 1, 16, 16, sizes))
+
+
+@pytest.mark.parametrize("case", [WHOLE[4], WHOLE[9], WHOLE[14], *LARGE], ids=lambda case: case.name)
+def test_chosen_blocks_by_the_copy_engine_are_the_same_to_the_bit(case, monkeypatch):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs an H100 or H200")
+    x, outputs, calls = make_inputs(case, BF16, "cuda"), [], []
+    for module in (hopper, picked):
+        works = module.attend
+        monkeypatch.setattr(module, "attend", lambda *args, works=works: (calls.append(works.__module__), works(*args)))
+        kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in ("slc", "win")}
+        o = fused.nsa(x["q"], kv, x["k_cmp"], x["v_cmp"], x["gates"], case.cu_seqlens, case.sizes)
+        outputs.append(o.detach())
+        monkeypatch.setattr(hopper, "fits", lambda *_: False)
+    assert calls == ["nsa.hopper", "nsa.picked"]
+    assert torch.equal(*outputs)
 
 
 def test_no_output_depends_on_later_tokens():

@@ -17,7 +17,8 @@ def faulty(corpus: str, place: Path, faults: str, *overrides: str, processes: in
     """Start `place`/run under a supervisor, with the faults of tests/faults/inject.py; what it says is one stream."""
     once = place / "once"
     once.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env |= {"SPARSETRON_TRAIN": str(ROOT / "tests/faults/inject.py"), "FAULTS": faults, "ONCE": str(once)}
     options = [*SMALL, f"data.path={corpus}", f"run.dir={place / 'run'}", *overrides]
     start = [str(ROOT / "launch/local.sh"), "-n", str(processes), *options]
