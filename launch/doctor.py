@@ -136,10 +136,10 @@ def _rank(rank: int, world: int, backend: str, folder: str) -> None:
 
 def _rate(device: torch.device, group: Optional[dist.ProcessGroup]) -> float:
     """GB/s of bus traffic of an all-reduce, 2 (n - 1) / n times the bytes of a tensor: the best of five."""
-    world = dist.get_world_size(group)
+    world, ids = dist.get_world_size(group), [device.index] if device.type == "cuda" else None
     x, times = torch.ones(2**26 if device.type == "cuda" else 2**22, device=device), []
     for _ in range(6):
-        dist.barrier(group)
+        dist.barrier(group, device_ids=ids)
         start = time.perf_counter()
         dist.all_reduce(x, group=group)
         x[:1].cpu()  # waits for the device
