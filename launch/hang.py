@@ -3,7 +3,8 @@
 When one process does not go on, the others soon wait for it in a collective, and all are late. Each has a thread that
 looks at its own main thread once a second; the first to find it late calls the roll. Each thread answers with where its
 process is and writes down the stacks of its Python threads. Who gives no answer is stopped or holds the interpreter;
-else who waits in no collective is the one. Nothing is asked of the device, and between calls nothing is sent.
+else who waits in no collective is the one, where a device with work left counts as waiting: NCCL waits there. Between
+calls nothing is sent, and devices are not asked.
 """
 
 import faulthandler
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Optional
 
+import torch
 import torch.distributed as dist
 
 from configs.errors import HangError
@@ -37,6 +39,7 @@ class Watchdog:
     def __init__(self, clock: Clock, mesh: Mesh, run: Path, timeout: float):
         """`timeout` in seconds is for a step."""
         self.clock, self.rank, self.world, self.run, self.timeout = clock, mesh.rank, mesh.world, run, timeout
+        self.device = mesh.device
         self.main = threading.main_thread().ident
         self.store = _store(mesh.world)
         self._tell(f"who/{self.rank}", {"host": socket.gethostname(), "pid": os.getpid()})
@@ -77,7 +80,8 @@ class Watchdog:
             with open(folder / f"rank-{self.rank:05d}.txt", "w") as f:
                 faulthandler.dump_traceback(f)
             frames = [f for thread, f in sys._current_frames().items() if thread != threading.get_ident()]
-            at, waits = place(sys._current_frames()[self.main]), any(waits_for_others(f) for f in frames)
+            at = place(sys._current_frames()[self.main])
+            waits = any(waits_for_others(f) for f in frames) or unfinished(self.device)
             self._tell(f"answer/{self.rank}", {"step": step, "phase": phase, "at": at, "waits": waits})
             if self.store.add("callers", 1) == 1:
                 self._judge(folder)
@@ -129,7 +133,7 @@ def describe(rank: int, who: dict[str, Any], answer: Optional[dict[str, Any]]) -
     name = f"rank {rank} (host {who['host']}, pid {who['pid']})"
     if answer is None:
         return f"{name} does not answer: it is stopped, or holds the interpreter"
-    wait = ", where it waits for others" if answer["waits"] else ""
+    wait = ", where it waits for others or for its device" if answer["waits"] else ""
     return f"{name} is in step {answer['step']} ({answer['phase']}) at {answer['at']}{wait}"
 
 
@@ -145,6 +149,11 @@ def place(frame: FrameType) -> str:
 def waits_for_others(frame: FrameType) -> bool:
     """Whether a thread is inside a collective."""
     return any("torch/distributed/" in f.f_code.co_filename for f in chain(frame))
+
+
+def unfinished(device: torch.device) -> bool:
+    """Whether a GPU has work that is not done. Does not wait for it."""
+    return device.type == "cuda" and not torch.cuda.current_stream(device).query()
 
 
 def chain(frame: Optional[FrameType]) -> list[FrameType]:

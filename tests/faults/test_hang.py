@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from launch import hang
 from launch.clock import Clock
@@ -55,6 +56,17 @@ def hangs(corpus: str, place: Path, unbroken: Path, kind: str) -> str:
     return "".join(line for _, line in seen)
 
 
+@pytest.mark.gpu
+def test_a_device_with_work_left_waits():
+    device = torch.device("cuda")
+    torch.cuda.synchronize()
+    assert not hang.unfinished(device)
+    torch.cuda._sleep(2**31)  # a second or so
+    assert hang.unfinished(device)
+    torch.cuda.synchronize()
+    assert not hang.unfinished(device)
+
+
 def test_who_is_named():
     busy, waits = {"step": 7, "waits": False}, {"step": 7, "waits": True}
     assert hang.suspects({0: waits, 2: busy}, 3) == [1], "who is silent, before who is busy"
@@ -69,7 +81,7 @@ def watched(monkeypatch, tmp_path):
     monkeypatch.setattr(hang, "PERIOD", 0.02)
     monkeypatch.setattr(hang.Watchdog, "_give_up", lambda self: self.done.set())
     clock = Clock()
-    watchdog = hang.Watchdog(clock, SimpleNamespace(rank=0, world=1), tmp_path, timeout=0.2)
+    watchdog = hang.Watchdog(clock, SimpleNamespace(rank=0, world=1, device=torch.device("cpu")), tmp_path, timeout=0.2)
     yield clock, watchdog.done
     watchdog.stop()
 
