@@ -20,6 +20,9 @@ from configs.errors import RunError
 from parallel.mesh import Group, Mesh
 
 T = TypeVar("T")
+# Of one tensor: lists of tensors would be copied. torch 2.13 gave them these names, and warns of the old ones.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
@@ -32,7 +35,7 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
 def all_gather(x: Tensor, group: Group) -> Tensor:
     """[n, ...] on each rank -> [size * n, ...], in rank order."""
     out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
-    dist.all_gather(list(out.chunk(group.size)), x.contiguous(), group=group.handle)
+    _gather(out, x.contiguous(), group=group.handle)
     return out
 
 
@@ -41,7 +44,7 @@ def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     if x.shape[0] % group.size:
         raise ValueError(f"dimension 0 of {tuple(x.shape)} does not divide over {group.size} ranks")
     out = x.new_empty(x.shape[0] // group.size, *x.shape[1:])
-    dist.reduce_scatter(out, list(x.contiguous().chunk(group.size)), group=group.handle)
+    _scatter(out, x.contiguous(), group=group.handle)
     return out
 
 
