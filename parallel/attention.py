@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from configs.schema import Config, Kind
 from nsa import Documents, NSACore, check_backend
 from parallel.rope import Rope
-from parallel.tensor import ColumnLinear, RowLinear, TensorParallel
+from parallel.tensor import ColumnLinear, RowLinear, TensorParallel, columns
 
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -32,9 +32,9 @@ class FullAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries [n, heads/tp, qk_dim], keys [n, kv_heads/tp, qk_dim] and values [n, kv_heads/tp, v_dim]."""
-        x = self.tp.enter(x)
-        q, k = (w(x).unflatten(1, (-1, self.qk_dim)) for w in (self.wq, self.wk))
-        return q, k, self.wv(x).unflatten(1, (-1, self.v_dim))
+        projections = columns(self.tp, x, self.wq, self.wk, self.wv)
+        q, k, v = (t.unflatten(1, (-1, e)) for t, e in zip(projections, (self.qk_dim, self.qk_dim, self.v_dim)))
+        return q, k, v
 
     def attend(self, projections: tuple[Tensor, ...], documents: Documents) -> Tensor:
         """Attention of local heads, [n, heads/tp * v_dim]."""
@@ -44,7 +44,7 @@ class FullAttention(nn.Module):
 
     def output(self, o: Tensor) -> Tensor:
         """[n, heads/tp * v_dim] -> [n or n/tp, dim]."""
-        return self.tp.leave(self.wo(o))
+        return self.wo(o)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -93,11 +93,10 @@ class SparseAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries [n, heads/tp, qk_dim], keys, values [n, kv_heads/tp, pairs, width], gates [n, heads/tp, branches]."""
-        x = self.tp.enter(x)
-        q = self.wq(x).unflatten(1, (-1, self.qk_dim))
-        k = self.wk(x).unflatten(1, (-1, self.pairs, self.qk_dim))
-        v = self.wv(x).unflatten(1, (-1, self.pairs, self.v_dim))
-        return q, k, v, self.gate(x).unflatten(1, (-1, len(self.branches))).sigmoid()
+        q, k, v, gates = columns(self.tp, x, self.wq, self.wk, self.wv, self.gate)
+        q = q.unflatten(1, (-1, self.qk_dim))
+        k, v = (t.unflatten(1, (-1, self.pairs, e)) for t, e in ((k, self.qk_dim), (v, self.v_dim)))
+        return q, k, v, gates.unflatten(1, (-1, len(self.branches))).sigmoid()
 
     def attend(self, projections: tuple[Tensor, ...], documents: Documents) -> Tensor:
         """Attention of local heads, [n, heads/tp * v_dim]."""
@@ -108,7 +107,7 @@ class SparseAttention(nn.Module):
 
     def output(self, o: Tensor) -> Tensor:
         """[n, heads/tp * v_dim] -> [n or n/tp, dim]."""
-        return self.tp.leave(self.wo(o))
+        return self.wo(o)
 
 
 def build(cfg: Config, tp: TensorParallel, rope: Rope) -> nn.Module:

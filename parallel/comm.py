@@ -1,12 +1,12 @@
-"""The four conjugate collectives of tensor parallelism, each with its gradient, and agreement between hosts.
+"""Collectives of tensor parallelism, and agreement between hosts.
 
-The four act on dimension 0:
+Three that act on dimension 0 start, and give a `Work` to wait for: all_reduce, all_gather, reduce_scatter. Three have a
+gradient and wait; those of the linear layers do not, and are in parallel/regions.py:
 
 forward          backward         where
 copy: identity   all-reduce       a replicated tensor enters sharded work
 reduce: all-reduce  identity      partial sums leave it
-gather: all-gather  reduce-scatter   token shards enter it (sequence parallelism)
-scatter: reduce-scatter  all-gather  partial sums leave it as token shards
+scatter: reduce-scatter  all-gather  partial sums leave it as token shards (sequence parallelism)
 """
 
 from collections.abc import Callable
@@ -20,32 +20,27 @@ from configs.errors import RunError
 from parallel.mesh import Group, Mesh
 
 T = TypeVar("T")
+
+
 # Of one tensor: lists of tensors would be copied. torch 2.13 gave them these names, and warns of the old ones.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def all_reduce(x: Tensor, group: Group) -> Tensor:
-    """Sum over the group, in a new tensor."""
-    x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=group.handle)
-    return x
+def all_reduce(x: Tensor, group: Group) -> dist.Work:
+    """Starts the sum over the group, in place."""
+    return dist.all_reduce(x, group=group.handle, async_op=True)
 
 
-def all_gather(x: Tensor, group: Group) -> Tensor:
-    """[n, ...] on each rank -> [size * n, ...], in rank order."""
+def all_gather(x: Tensor, group: Group) -> tuple[Tensor, dist.Work]:
+    """Starts [n, ...] on each rank -> [size * n, ...], in rank order."""
     out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
-    _gather(out, x.contiguous(), group=group.handle)
-    return out
+    return out, _gather(out, x.contiguous(), group=group.handle, async_op=True)
 
 
-def reduce_scatter(x: Tensor, group: Group) -> Tensor:
-    """[size * n, ...] on each rank -> this rank's [n, ...] of the sum. Raises ValueError if that does not divide."""
-    if x.shape[0] % group.size:
-        raise ValueError(f"dimension 0 of {tuple(x.shape)} does not divide over {group.size} ranks")
-    out = x.new_empty(x.shape[0] // group.size, *x.shape[1:])
-    _scatter(out, x.contiguous(), group=group.handle)
-    return out
+def reduce_scatter(out: Tensor, x: Tensor, group: Group) -> dist.Work:
+    """Starts [size * n, ...] on each rank -> this rank's `out` [n, ...] of the sum."""
+    return _scatter(out, x.contiguous(), group=group.handle, async_op=True)
 
 
 class _Copy(torch.autograd.Function):
@@ -56,39 +51,36 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return all_reduce(grad, ctx.group), None
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        all_reduce(grad, ctx.group).wait()
+        return grad, None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
-        return all_reduce(x, group)
+        x = x.clone(memory_format=torch.contiguous_format)
+        all_reduce(x, group).wait()
+        return x
 
     @staticmethod
     def backward(ctx, grad):
         return grad, None
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return all_gather(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return reduce_scatter(grad, ctx.group), None
-
-
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        return reduce_scatter(x, group)
+        out = x.new_empty(x.shape[0] // group.size, *x.shape[1:])
+        reduce_scatter(out, x, group).wait()
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        return all_gather(grad, ctx.group), None
+        out, work = all_gather(grad, ctx.group)
+        work.wait()
+        return out, None
 
 
 @torch.compiler.disable
@@ -107,13 +99,10 @@ def reduce(x: Tensor, group: Group) -> Tensor:
     return x if group.size == 1 else _apply(_Reduce, x, group)
 
 
-def gather(x: Tensor, group: Group) -> Tensor:
-    """All-gather over dimension 0; the gradient is summed and scattered."""
-    return x if group.size == 1 else _apply(_Gather, x, group)
-
-
 def scatter(x: Tensor, group: Group) -> Tensor:
     """Sum over the group, this rank's part of dimension 0; the gradient is gathered."""
+    if x.shape[0] % group.size:
+        raise ValueError(f"dimension 0 of {tuple(x.shape)} does not divide over {group.size} ranks")
     return x if group.size == 1 else _apply(_Scatter, x, group)
 
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import Model
-from parallel.tensor import ColumnLinear, RowLinear, TensorParallel
+from parallel.tensor import ColumnLinear, RowLinear, TensorParallel, columns
 
 
 class MLP(nn.Module):
@@ -18,5 +18,5 @@ class MLP(nn.Module):
         self.down = RowLinear(model.mlp_dim, model.dim, tp)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.tp.enter(x)
-        return self.tp.leave(self.down(F.silu(self.gate(x)) * self.up(x)))
+        gate, up = columns(self.tp, x, self.gate, self.up)
+        return self.down(F.silu(gate) * up)

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel import comm
+from parallel import comm, regions
 from parallel.mesh import Group
 
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """How a layer enters and leaves sharded work.
+    """The ranks that share a layer's work.
 
     Without sequence parallelism activations outside are whole on each rank [n, dim]; with it each rank holds its
     n/tp consecutive tokens there, and norms and residuals work on those.
@@ -24,10 +24,6 @@ class TensorParallel:
 
     group: Group
     sequence: bool
-
-    def enter(self, x: Tensor) -> Tensor:
-        """[n or n/tp, dim] -> [n, dim] on every rank."""
-        return comm.gather(x, self.group) if self.sequence else comm.copy(x, self.group)
 
     def leave(self, x: Tensor) -> Tensor:
         """Partial sums [n, dim] -> [n or n/tp, dim]."""
@@ -51,25 +47,33 @@ def sharded(shape: tuple[int, ...], dim: int) -> nn.Parameter:
 
 
 class ColumnLinear(nn.Module):
-    """x [n, dim_in] -> [n, dim_out/tp]: each rank has its rows of the weight. Inside a region, no communication."""
+    """dim_in -> dim_out/tp: each rank has its rows of the weight. Layers of one input enter `columns` together."""
 
     def __init__(self, dim_in: int, dim_out: int, tp: TensorParallel):
         super().__init__()
         self.weight = sharded((dim_out // tp.group.size, dim_in), dim=0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+
+def columns(tp: TensorParallel, x: Tensor, *layers: ColumnLinear) -> tuple[Tensor, ...]:
+    """Into a region: x [n or n/tp, dim_in] -> [n, dim_out/tp] of each layer."""
+    weights = [layer.weight for layer in layers]
+    if tp.group.size == 1:
+        return tuple(F.linear(x, w) for w in weights)
+    return regions.enter(x, weights, tp.group, tp.sequence)
 
 
 class RowLinear(nn.Module):
-    """x [n, dim_in/tp] -> partial sums [n, dim_out], to be summed by `TensorParallel.leave`."""
+    """Out of a region: x [n, dim_in/tp] -> [n or n/tp, dim_out], the sum over the ranks."""
 
     def __init__(self, dim_in: int, dim_out: int, tp: TensorParallel):
         super().__init__()
+        self.tp = tp
         self.weight = sharded((dim_out, dim_in // tp.group.size), dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        if self.tp.group.size == 1:
+            return F.linear(x, self.weight)
+        return regions.leave(x, self.weight, self.tp.group, self.tp.sequence)
 
 
 class VocabEmbedding(nn.Module):

@@ -17,7 +17,7 @@ from parallel.compiler import compiler
 from parallel.mesh import Mesh
 from parallel.mlp import MLP
 from parallel.rope import Rope
-from parallel.tensor import ColumnLinear, RMSNorm, TensorParallel, VocabEmbedding
+from parallel.tensor import ColumnLinear, RMSNorm, TensorParallel, VocabEmbedding, columns
 
 
 class Embedding(nn.Module):
@@ -80,7 +80,8 @@ class Head(nn.Module):
         self.output = ColumnLinear(cfg.model.dim, vocab, tp)
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
-        return self.output(self.tp.enter(self.norm(x)))
+        (logits,) = columns(self.tp, self.norm(x), self.output)
+        return logits
 
 
 Layer = tuple[Callable[..., nn.Module], tuple]

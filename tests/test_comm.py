@@ -40,15 +40,6 @@ def test_reduce(world):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_gather(world):
-    rows = N // world
-    for rank, (y, grad) in enumerate(ranks.run(world, forward_and_gradient, "gather", rows)):
-        assert torch.equal(y, torch.cat([whole(r)[:rows] for r in range(world)]))
-        total = sum(weights((N, 2), r) for r in range(world))
-        assert torch.equal(grad, total[rank * rows : (rank + 1) * rows])
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
 def test_scatter(world):
     rows = N // world
     for rank, (y, grad) in enumerate(ranks.run(world, forward_and_gradient, "scatter", N)):

@@ -9,6 +9,7 @@ import torch
 from configs.schema import Config, Guard, OnSpike, Precision
 from parallel import guard
 from parallel.comm import host_sum
+from parallel.transformer import Block, Head
 from tests import ranks, tiny
 from tests.test_checkpoint import build
 
@@ -49,7 +50,7 @@ def four_steps(cfg: Config, faults: list) -> tuple[list[tuple[float, float]], di
     for i in range(4):
         for _, rank, fault, says in (f for f in faults if f[0] == i):
             before = bits(engine)
-            last = list(engine.deepspeed.module.modules())[-1]  # of this stage
+            last = [m for m in engine.deepspeed.module.modules() if isinstance(m, (Block, Head))][-1]  # of this stage
             hook = last.register_forward_hook(lambda module, args, out, fault=fault: fault(out))
             if place.rank != rank % place.world:
                 hook.remove()
