@@ -71,6 +71,7 @@ LAYOUTS = [
     (2, 512, dict(parallel__zero=2)),
     (2, 512, dict(parallel__zero=3)),
     (2, 512, dict(parallel__tp=2)),
+    (2, 512, dict(parallel__tp=2, parallel__sequence=True, parallel__recompute=Recompute.mlp)),
     (2, 16384, dict(parallel__pp=2, train__global_batch=4)),
 ]
 
@@ -86,7 +87,7 @@ def test_the_peak_of_a_step(world, vocab, changes):
         m = stages[rank * len(stages) // world]
         # RMSNorm is no kernel on a CPU, and what it gives before its scale is kept too, in fp32.
         norms = {Recompute.none: 2 * m.stage.blocks, Recompute.mlp: m.stage.blocks, Recompute.full: 2}
-        off = (norms[cfg.parallel.recompute] * m.in_flight + m.stage.last) * 4 * memory.tokens(cfg) * cfg.model.dim
+        off = (norms[cfg.parallel.recompute] * m.in_flight + m.stage.last) * 4 * memory.outside(cfg) * cfg.model.dim
         # And AdamW is not fused there: two tensors more for the larger group of weights.
         update = 8 * (sum(m.parameters.values()) - m.parameters["norms"]) // data_parallel(cfg, world)
         off, update = (0, 0) if torch.cuda.is_available() else (off, update)
