@@ -225,10 +225,6 @@ def _check_layout(cfg: Config, world: int) -> None:
         f"DeepSpeed cannot pipeline (parallel.pp={p.pp}) with ZeRO 2 or 3", "give zero=1 or pp=1",
     )  # fmt: skip
     _require(
-        not p.compile or p.zero < 3, "parallel.compile", p.compile,
-        "the parameters of ZeRO 3 come and go while a compiled function runs", "give null, or zero=1 or 2",
-    )  # fmt: skip
-    _require(
         not p.sequence or (t.micro_batch * cfg.data.seq_len) % p.tp == 0, "data.seq_len", cfg.data.seq_len,
         f"a micro-batch of {t.micro_batch * cfg.data.seq_len} tokens does not divide by parallel.tp={p.tp}",
         "change data.seq_len or train.micro_batch, or give parallel.sequence=false",

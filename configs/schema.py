@@ -158,7 +158,7 @@ class Parallel:
     zero: int = 1
     sequence: bool = False  # Megatron sequence parallelism: activations between the tp regions are split over tokens
     recompute: Recompute = Recompute.none
-    compile: Optional[bool] = None  # fuse what lies around attention (torch.compile); null: on a GPU, unless zero=3
+    compile: Optional[bool] = None  # fuse what lies around attention (torch.compile); null: on a GPU
     timeout: int = 600  # seconds a step may take until the run is ended as hung; ten times as long what is no step
 
 

@@ -297,6 +297,8 @@ def deepspeed_config(cfg: Config, mesh: Mesh) -> dict[str, Any]:
             "reduce_bucket_size": 100_000_000,
             "allgather_bucket_size": 100_000_000,
             "stage3_param_persistence_threshold": 10_000,
+            # Gathered whole: what runs inside it can be compiled, as its parameters do not come and go there.
+            "leaf_module": {"classes": ["parallel.transformer.Block", "parallel.transformer.Head"]},
         },
         # Partitioned stage boundaries are wrong under sequence parallelism, without an error.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},

@@ -83,8 +83,7 @@ def width(cfg: Config) -> int:
 
 def compiled(cfg: Config) -> bool:
     """Whether a GPU runs blocks and loss compiled (parallel/compiler.py)."""
-    chosen = cfg.parallel.compile
-    return cfg.parallel.zero < 3 if chosen is None else chosen
+    return cfg.parallel.compile is not False
 
 
 def outside(cfg: Config) -> int:
