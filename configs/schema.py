@@ -128,6 +128,7 @@ class Model:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
+    tie_embeddings: bool = False  # the head has the embedding's weight
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ from data import tokenizer
 from data.source import manifest
 from data.store import Limits, Store, open_store
 from launch.compose import from_text
-from parallel import checkpoint
+from parallel import checkpoint, tied
 from parallel.mesh import Group, Mesh
 from parallel.pieces import Reader
 from parallel.transformer import Transformer
@@ -77,7 +77,10 @@ def load(folder: Path) -> Transformer:
     alone = Group(None, 0, 1)
     mesh = Mesh(0, 1, torch.device("cpu"), alone, alone, alone, alone, control=None)
     model = Transformer(from_text(yaml.safe_dump({**parts, **rest})), content["model"]["vocab_size"], mesh)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    weights = load_file(folder / "model.safetensors")
+    if content["model"]["tie_embeddings"]:  # which are there once
+        weights[f"{len(model) - 1}.output.weight"] = weights[tied.EMBEDDING]
+    model.load_state_dict(weights)
     return model
 
 

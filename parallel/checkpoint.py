@@ -17,7 +17,7 @@ from parallel.comm import agree, host_gather, together
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 
-VERSION = 3
+VERSION = 4
 PIECES = "pieces"
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from configs.schema import Config, Optim, Precision, micro_batches
 from nsa.documents import Documents, send
-from parallel import init, pieces
+from parallel import init, pieces, tied
 from parallel.compiler import compiler
 from parallel.guard import Guard
 from parallel.host import HostMemory
@@ -82,6 +82,8 @@ class Engine:
         self.deepspeed.optimizer.optimizer.register_step_pre_hook(self._before_update)
         if cfg.train.precision is Precision.bf16 and self.zero == 1:
             self._overlap_reduction()
+        if cfg.model.tie_embeddings and pipelined:
+            self._sum_tied(tied.at_an_end(module, mesh.pp), cfg.train.precision)
         self._update = self.deepspeed.optimizer.step
         self.deepspeed.optimizer.step = self._watched_update
 
@@ -133,11 +135,12 @@ class Engine:
     def snapshot(self, memory: Optional[HostMemory] = None) -> pieces.Snapshot:
         """Copy what this rank holds of weights and optimizer state to the host, into `memory` or what is new.
 
-        Of parameters that tensor parallelism replicates only the first rank has it.
+        Of parameters that tensor parallelism replicates only the first rank has it, of tied ones the first stage.
         """
         flat = (memory or self.host_memory(lock=False)).copy(self._flat())
         held = pieces.held(self.deepspeed.module, self.mesh, flat)
-        mine = [p for p in held if p.place.dim is not None or self.mesh.tp.rank == 0]
+        copies = {tied.name_of("", p) for p in self.deepspeed.module.parameters() if tied.is_copy(p)}
+        mine = [p for p in held if (p.place.dim is not None or self.mesh.tp.rank == 0) and p.place.name not in copies]
         return pieces.Snapshot(mine, updates=int(self._state(self._masters()[0])["step"]))
 
     def load(self, directory: Path) -> None:
@@ -185,6 +188,24 @@ class Engine:
             every = instructions(self.deepspeed).items()
             timed = {cmd: self.stopwatch.timed(PARTS.get(cmd, OTHER), do) for cmd, do in every}
             self.deepspeed._INSTRUCTION_MAP = timed
+
+    def _sum_tied(self, weight: Optional[torch.nn.Parameter], precision: Precision) -> None:
+        """Both stages that have a tied weight get the sum of their gradients: before these are reduced where ZeRO cuts
+        them then, else after, as reduction is under way during backward."""
+        if weight is None:
+            return
+        early = precision is Precision.fp32
+        name = "allreduce_gradients" if early else "buffered_allreduce_fallback"
+        reduce = getattr(self.deepspeed, name)
+
+        def reduce_and_sum(*args: Any, **kwargs: Any) -> None:
+            if early:
+                tied.add_the_others(weight.grad, self.mesh.pp)
+            reduce(*args, **kwargs)
+            if not early:
+                tied.add_the_others(weight._hp_grad, self.mesh.pp)
+
+        setattr(self.deepspeed, name, reduce_and_sum)
 
     def _overlap_reduction(self) -> None:
         optimizer = self.deepspeed.optimizer

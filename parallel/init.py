@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from configs.schema import Model
 from parallel.mesh import Group
+from parallel.tied import name_of
 
 
 @torch.no_grad()
 def initialize(module: nn.Module, model: Model, seed: int, tp: Group) -> None:
     """Fill every parameter of `module`; a cut one gets its part of the whole. Names start with the layer's index."""
-    for name, p in module.named_parameters():
+    for own, p in module.named_parameters():
+        name = name_of(own, p)
         shape = list(p.shape)
         dim = getattr(p, "shard_dim", None)
         if dim is not None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from parallel.comm import host_gather
 from parallel.mesh import Mesh
+from parallel.tied import is_copy
 
 
 def parameter_norms(module: nn.Module, mesh: Mesh) -> dict[str, dict[str, float]]:
@@ -15,7 +16,7 @@ def parameter_norms(module: nn.Module, mesh: Mesh) -> dict[str, dict[str, float]
     To be called between the last backward of a step and DeepSpeed's update, while it holds the gradients. Each rank
     adds up the squares of the part that is its own; nothing is gathered but sums.
     """
-    own = {name: _squares(p, mesh) for name, p in module.named_parameters()}
+    own = {name: _squares(p, mesh) for name, p in module.named_parameters() if not is_copy(p)}
     totals: dict[str, list[float]] = {}
     for part in host_gather(own, mesh):
         for name, squares in part.items():

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from parallel.mesh import Mesh
+from parallel.tied import name_of
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")  # fp32 master and both moments of AdamW
 
@@ -47,8 +48,8 @@ def held(module: nn.Module, mesh: Mesh, flat: list[dict[str, Tensor]]) -> list[P
     `flat` has the optimizer's tensors by group and kind.
     """
     out = []
-    for name, p in module.named_parameters():
-        dim = getattr(p, "shard_dim", None)
+    for own, p in module.named_parameters():
+        name, dim = name_of(own, p), getattr(p, "shard_dim", None)
         part, parts = (0, 1) if dim is None else (mesh.tp.rank, mesh.tp.size)
         shape, start, group, first, count = _zero3(p, mesh) if hasattr(p, "ds_tensor") else _zero1(p)
         if count:

@@ -12,6 +12,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
 from configs.schema import Config
+from parallel import tied
 from parallel.attention import Documents
 from parallel.loss import CrossEntropy
 from parallel.mesh import Mesh
@@ -45,6 +46,8 @@ class Pipeline(PipelineModule):
                 loss_fn=lambda logits, labels_scale: loss(logits, labels_scale[0]) * labels_scale[1],
                 partition_method="type:^Block$",
             )
+        if cfg.model.tie_embeddings and mesh.is_last_stage:
+            tied.copy(self.forward_funcs[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         documents = next(self.documents)

@@ -38,7 +38,7 @@ def parameters(cfg: Config, vocab: int, stage: Stage) -> dict[str, int]:
         "compression": stage.blocks * _compression(cfg),
         "MLP": stage.blocks * 3 * d * cfg.model.mlp_dim // tp,
         "norms": (2 * stage.blocks + stage.last) * d,
-        "head": d * vocab // tp * stage.last,
+        "head": d * vocab // tp * (stage.last and not (cfg.model.tie_embeddings and stage.first)),
     }
 
 
@@ -46,7 +46,7 @@ def whole(cfg: Config, vocab: int) -> int:
     """Of the model."""
     d, layers = cfg.model.dim, cfg.model.layers
     block = _attention(cfg) + _compression(cfg) + 3 * d * cfg.model.mlp_dim + 2 * d
-    return layers * block + d + 2 * d * vocab
+    return layers * block + d + (1 if cfg.model.tie_embeddings else 2) * d * vocab
 
 
 def _attention(cfg: Config) -> int:

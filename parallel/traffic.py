@@ -25,9 +25,11 @@ def of_stage(cfg: Config, vocab: int, world: int, stage: Stage) -> list[Traffic]
     """By kind; nothing for groups of one rank."""
     p, dp, gas = cfg.parallel, data_parallel(cfg, world), micro_batches(cfg, world)
     counts = parameters(cfg, vocab, stage)
+    tied = cfg.model.tie_embeddings and stage.first != stage.last  # its gradient, between both ends of a pipeline
     out = [
         Traffic("tensor parallel", p.tp, p.tp, gas * _tensor(cfg, stage, counts)),
         Traffic("data parallel", dp, p.tp * dp, _data(cfg, sum(counts.values()), dp, gas)),
+        Traffic("tied weight", 2 if tied else 1, world, 4 * cfg.model.dim * vocab // p.tp),
         Traffic("pipeline", p.pp, world, gas * residual(cfg) * ((not stage.first) + (not stage.last))),
     ]
     return [t for t in out if t.ranks > 1]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import Config, Recompute
-from parallel import attention
+from parallel import attention, tied
 from parallel.attention import Documents
 from parallel.compiler import compiler
 from parallel.mesh import Mesh
@@ -101,6 +101,8 @@ class Transformer(nn.Sequential):
 
     def __init__(self, cfg: Config, vocab: int, mesh: Mesh):
         super().__init__(*(cls(*args) for cls, args in layers(cfg, vocab, mesh)))
+        if cfg.model.tie_embeddings:
+            tied.tie(self[0], self[-1])
 
     def forward(self, tokens: Tensor, documents: Documents) -> Tensor:
         x = tokens

@@ -73,7 +73,11 @@ def logits_of_run(cfg: Config) -> tuple[MicroBatch, torch.Tensor]:
     return batch, torch.cat(whole, 1) if place.tp.size > 1 else local
 
 
-@pytest.mark.parametrize(("kind", "changes"), [("nsa", {"parallel__tp": 2}), ("full", {"parallel__zero": 3})], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("nsa", {"parallel__tp": 2}), ("full", {"parallel__zero": 3, "model__tie_embeddings": True})],
+    ids=str,
+)
 def test_its_logits_are_the_runs(corpus, tmp_path, kind, changes):
     run = tmp_path / "run"
     run.mkdir()

@@ -45,6 +45,7 @@ LAYOUTS = [
         dict(parallel__tp=2, attention__branches=[Branch.slc, Branch.win], attention__compression=Compression.mean),
     ),
     ("nsa", dict(attention__phi_hidden=20)),
+    ("full", dict(model__tie_embeddings=True, parallel__tp=2, parallel__pp=2)),
 ]
 
 
