@@ -175,7 +175,7 @@ class Data:
     on_bad_shard: OnBadShard = OnBadShard.stop
     # [[first, last], ...]: global batches that are passed over, counted from 1 in the order of the data (`batch` in
     # metrics.jsonl), over stages of other seq_len too; each step takes the next one that is left
-    skip: list[list[int]] = field(default_factory=list)
+    skip: list[Any] = field(default_factory=list)  # omegaconf names no key where a list within a list is none
     read_ahead: int = 1  # steps made ready by a thread while the device works; the order does not depend on it
     cache_dir: str = "~/.cache/sparsetron"  # of shards from servers, shared by the processes of a node
     cache_gib: float = 64.0  # kept there at most; the least recently opened go first
