@@ -241,7 +241,7 @@ class Run:
     dir: str
     time_limit: Optional[str] = None  # seconds or h:m:s since the start: it then has saved and left with code 75
     twin: Optional[str] = None  # run directory of the full-attention twin: the baseline of speedup_vs_full
-    calibrate: int = 4  # steps of full attention that measure one before an NSA run that has no twin, half to warm up
+    calibrate: int = 8  # steps of full attention that measure one before an NSA run that has no twin, 3 to warm up
 
 
 @dataclass(kw_only=True)

@@ -28,6 +28,7 @@ from parallel.engine import Engine
 from parallel.mesh import Mesh
 
 SAME = ("model", "parallel", "data", "optim", "train", "seed")  # in a run and its twin
+WARM_UP = 3  # steps of a calibration that compile and allocate, or half of them if there are few
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,12 @@ def calibrate(
         seconds, memory = host_gather(measure(cfg, vocab, mesh, steps), mesh)[0]
         took = time.perf_counter() - begin
         known = {"of": of, "step_s": seconds, "mem_gib": memory, "took_s": took}
-    settled = known["step_s"][len(known["step_s"]) // 2 :]
+    warm = min(WARM_UP, cfg.run.calibrate // 2)
+    settled = known["step_s"][warm:]
     speed = cfg.train.global_batch * cfg.data.seq_len / statistics.median(settled)
-    source = f"calibration, no trained twin: {len(settled)} full-attention steps before the run, after "
-    source += f"{len(known['step_s']) - len(settled)} of warm-up, on {here['world']} x {here['device']}; "
+    source = f"calibration, no trained twin: median of {len(settled)} full-attention steps before the run, "
+    source += f"{min(settled):.3g} to {max(settled):.3g} s each, after {warm} of warm-up, "
+    source += f"on {here['world']} x {here['device']}; "
     return Baseline(speed, source + f"took {known['took_s']:.1f} s and {known['mem_gib']:.2f} GiB", known)
 
 

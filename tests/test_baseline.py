@@ -2,6 +2,8 @@
 
 import gc
 import json
+import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -56,19 +58,24 @@ def test_a_calibration_changes_nothing_and_leaves_nothing(corpus, world, layout)
 def test_it_is_logged_with_what_it_is_and_measured_once(corpus, tmp_path):
     plain, run = tmp_path / "plain", tmp_path / "run"
     run_train(corpus, plain, "train.steps=4", "checkpoint.every=2")
-    done = run_train(corpus, run, "train.steps=3", "checkpoint.every=3", "run.calibrate=4")
+    done = run_train(corpus, run, "train.steps=3", "checkpoint.every=3", "run.calibrate=8")
     for step, m in lines(run).items():
         assert (m["loss"], m["grad_norm"]) == (lines(plain)[step]["loss"], lines(plain)[step]["grad_norm"])
-        assert m["speedup_from"].startswith(
-            "calibration, no trained twin: 2 full-attention steps before the run, after 2"
+        found = re.match(
+            r"calibration, no trained twin: median of 5 full-attention steps before the run, "
+            r"([\d.]+) to ([\d.]+) s each, after 3 of warm-up, on 1 x ",
+            m["speedup_from"],
         )
         assert m["speedup_vs_full"] == pytest.approx(m["saving_realised"] * m["flop_saving"])
-    assert "1 x " in m["speedup_from"]
     assert "full (calibrated)" in done.stdout
     assert m["speedup_from"] in done.stdout
     known = json.loads((run / "calibration.json").read_text())
-    assert len(known["step_s"]) == 4
-    run_train(corpus, run, "train.steps=4", "run.calibrate=4")
+    assert len(known["step_s"]) == 8
+    timed = known["step_s"][3:]
+    assert [float(x) for x in found.groups()] == pytest.approx([min(timed), max(timed)], rel=0.01)
+    full = 4 * 128 / statistics.median(timed)  # tokens/s
+    assert m["speedup_vs_full"] == pytest.approx(m["tokens_per_s"] / full)
+    run_train(corpus, run, "train.steps=4", "run.calibrate=8")
     assert json.loads((run / "calibration.json").read_text()) == known, "a restart does not measure again"
     assert lines(plain)[4]["speedup_vs_full"] is None
 
