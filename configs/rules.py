@@ -33,18 +33,22 @@ def check(cfg: Config, world: int) -> None:
 def check_sizes(cfg: Config, world: int) -> None:
     """Apply the rules that do not depend on where a run reads and writes."""
     _check_ranges(cfg)
-    _check_profile(cfg.profile)
+    _check_profile(cfg.profile, cfg.train.steps)
     _check_skip(cfg.data.skip)
     _check_time_limit(cfg.run.time_limit)
-    name = cfg.wandb.project
-    ok = bool(name.strip()) and not set(name) & set("/\\#?%:")
-    _require(ok, "wandb.project", name, "no name of a W&B project", "give one without / \\ # ? % :")
+    check_project(cfg.wandb.project)
     _check_model(cfg)
     if cfg.attention.kind is Kind.nsa:
         check_nsa(cfg.attention)
         _check_scores(cfg.attention)
         _check_kernels(cfg)
     _check_layout(cfg, world)
+
+
+def check_project(name: str) -> None:
+    """Whether W&B takes it as the name of a project. Raises ConfigError."""
+    ok = bool(name.strip()) and not set(name) & set("/\\#?%:")
+    _require(ok, "wandb.project", name, "no name of a W&B project", "give one without / \\ # ? % :")
 
 
 def _require(ok: bool, key: str, value: object, why: str, fix: str) -> None:
@@ -107,10 +111,11 @@ def _check_time_limit(limit: str | None) -> None:
     _require(ok, "run.time_limit", limit, "not a time", "give seconds above 0, or hours:minutes:seconds")
 
 
-def _check_profile(profile: Profile) -> None:
+def _check_profile(profile: Profile, last: int) -> None:
     s = profile.steps
     ok = s is None or (len(s) == 2 and 1 <= s[0] <= s[1])
     _require(ok, "profile.steps", s, "no span of steps", "give [first, last], counted from 1, or null")
+    _require(s is None or s[0] <= last, "profile.steps", s, f"begins after train.steps={last}", "give earlier ones")
 
 
 def _check_paths(cfg: Config) -> None:

@@ -100,8 +100,32 @@ def test_only_a_run_that_differs_in_nothing_else_is_a_twin(tmp_path):
         assert baseline.beside(cfg, yaml.safe_dump({**config, key: {"changed": 1}}), here) is None, key
     for key in here:
         assert baseline.beside(cfg, yaml.safe_dump(config), {**here, key: "other"}) is None, key
-    with pytest.raises(ConfigError, match=r"run\.twin=.*absent"):
-        baseline.of_twin(str(tmp_path / "absent"))
+
+
+def test_run_twin_takes_only_full_attention_of_the_same_model_and_says_what_else_differs(tmp_path):
+    places = {name: make_run(tmp_path / name, name.split("-")[0], 2000.0) for name in ("full", "nsa")}
+    place = {name: Path(path) for name, path in places.items()}
+    text = (place["full"] / "config.yaml").read_text()
+    config = {**yaml.safe_load(text), "parallel": {"tp": 1}}
+    for path in place.values():
+        own = {**config, "attention": {"kind": path.name}}
+        (path / "config.yaml").write_text(yaml.safe_dump(own))
+    here = {"device": "cpu", "world": 1, "data_fingerprint": "f"}
+
+    def source(twin: str, here=here, **changes) -> str:
+        return baseline.of_twin(str(tmp_path / twin), yaml.safe_dump({**config, **changes}), here).source
+
+    assert source("full") == source("full", optim={"lr": 1.0}, seed=5) == f"{place['full']} on 1 x cpu"
+    words = source("full", here={**here, "world": 2}, parallel={"tp": 2})
+    assert words == f"{place['full']} on 1 x cpu, unlike this run in parallel.tp 1 (here 2), processes 1 (here 2)"
+    refused = {
+        "absent": ({}, "no measured twin there"),
+        "nsa": ({}, "a run of sparse attention"),
+        "full": ({"data": {"seq_len": 2048}, "model": {"dim": 32}}, "of another model.dim, data.seq_len"),
+    }
+    for twin, (changes, why) in refused.items():
+        with pytest.raises(ConfigError, match=rf"run\.twin=.*{twin}: {why}.*twin=full"):
+            source(twin, **changes)
 
 
 def test_the_peak_of_memory_begins_anew():

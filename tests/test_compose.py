@@ -87,6 +87,7 @@ MISTAKES = [  # overrides, what the one line must say
     (["attention.branches=[cmp,foo]"], ["attention.branches", "foo"]),
     (["train.steps"], ["train.steps"]),
     (["data.skip=x"], ["data.skip"]),
+    (["profile.steps=3"], ["profile.steps", "int given for a list"]),
     (["data.path=x", "data.skip=[1,2]"], ["data.skip=[1, 2]", "[[first, last], ...]"]),
     (["data.path=x", "data.skip=[[1,2],3]"], ["data.skip=[[1, 2], 3]", "[[first, last], ...]"]),
     (["data.path=a=b"], ["="]),
