@@ -6,13 +6,16 @@ from enum import Enum
 from typing import Any
 
 from configs.errors import ConfigError
+from configs.kernels import misfit
 from configs.schema import (
     REMOTE,
     Attention,
+    Backend,
     Branch,
     Compression,
     Config,
     Kind,
+    Precision,
     Profile,
     data_parallel,
     duration,
@@ -30,19 +33,22 @@ def check(cfg: Config, world: int) -> None:
 def check_sizes(cfg: Config, world: int) -> None:
     """Apply the rules that do not depend on where a run reads and writes."""
     _check_ranges(cfg)
-    _check_profile(cfg.profile)
-    for span in cfg.data.skip:
-        ok = len(span) == 2 and 1 <= span[0] <= span[1]
-        _require(ok, "data.skip", cfg.data.skip, "no spans of batches", "give [[first, last], ...], counted from 1")
+    _check_profile(cfg.profile, cfg.train.steps)
+    _check_skip(cfg.data.skip)
     _check_time_limit(cfg.run.time_limit)
-    name = cfg.wandb.project
-    ok = bool(name.strip()) and not set(name) & set("/\\#?%:")
-    _require(ok, "wandb.project", name, "no name of a W&B project", "give one without / \\ # ? % :")
+    check_project(cfg.wandb.project)
     _check_model(cfg)
     if cfg.attention.kind is Kind.nsa:
         check_nsa(cfg.attention)
         _check_scores(cfg.attention)
+        _check_kernels(cfg)
     _check_layout(cfg, world)
+
+
+def check_project(name: str) -> None:
+    """Whether W&B takes it as the name of a project. Raises ConfigError."""
+    ok = bool(name.strip()) and not set(name) & set("/\\#?%:")
+    _require(ok, "wandb.project", name, "no name of a W&B project", "give one without / \\ # ? % :")
 
 
 def _require(ok: bool, key: str, value: object, why: str, fix: str) -> None:
@@ -91,6 +97,12 @@ def _check_ranges(cfg: Config) -> None:
         _require(value is None or value >= 1, key, value, "out of range", "give at least 1, or null")
 
 
+def _check_skip(skip: list[Any]) -> None:
+    for span in skip:
+        ok = isinstance(span, list) and [type(end) for end in span] == [int, int] and 1 <= span[0] <= span[1]
+        _require(ok, "data.skip", skip, "no spans of batches", "give [[first, last], ...], counted from 1")
+
+
 def _check_time_limit(limit: str | None) -> None:
     try:
         ok = limit is None or duration(limit) > 0
@@ -99,10 +111,11 @@ def _check_time_limit(limit: str | None) -> None:
     _require(ok, "run.time_limit", limit, "not a time", "give seconds above 0, or hours:minutes:seconds")
 
 
-def _check_profile(profile: Profile) -> None:
+def _check_profile(profile: Profile, last: int) -> None:
     s = profile.steps
     ok = s is None or (len(s) == 2 and 1 <= s[0] <= s[1])
     _require(ok, "profile.steps", s, "no span of steps", "give [first, last], counted from 1, or null")
+    _require(s is None or s[0] <= last, "profile.steps", s, f"begins after train.steps={last}", "give earlier ones")
 
 
 def _check_paths(cfg: Config) -> None:
@@ -197,6 +210,13 @@ def _check_scores(a: Attention) -> None:
         "selection without the cmp branch would score blocks with an MLP that gets no gradient",
         "give compression=mean or add cmp to attention.branches",
     )  # fmt: skip
+
+
+def _check_kernels(cfg: Config) -> None:
+    a, m = cfg.attention, cfg.model
+    why = misfit(m.qk_dim, m.v_dim, m.heads // m.kv_heads, a, cfg.train.precision is Precision.fp32)
+    ok = a.backend is not Backend.triton or why is None
+    _require(ok, "attention.backend", a.backend, str(why), "give torch or auto")
 
 
 def _check_layout(cfg: Config, world: int) -> None:

@@ -176,7 +176,7 @@ class Data:
     on_bad_shard: OnBadShard = OnBadShard.stop
     # [[first, last], ...]: global batches that are passed over, counted from 1 in the order of the data (`batch` in
     # metrics.jsonl), over stages of other seq_len too; each step takes the next one that is left
-    skip: list[list[int]] = field(default_factory=list)
+    skip: list[Any] = field(default_factory=list)  # omegaconf names no key where a list within a list is none
     read_ahead: int = 1  # steps made ready by a thread while the device works; the order does not depend on it
     cache_dir: str = "~/.cache/sparsetron"  # of shards from servers, shared by the processes of a node
     cache_gib: float = 64.0  # kept there at most; the least recently opened go first
@@ -242,7 +242,7 @@ class Run:
     dir: str
     time_limit: Optional[str] = None  # seconds or h:m:s since the start: it then has saved and left with code 75
     twin: Optional[str] = None  # run directory of the full-attention twin: the baseline of speedup_vs_full
-    calibrate: int = 4  # steps of full attention that measure one before an NSA run that has no twin, half to warm up
+    calibrate: int = 8  # steps of full attention that measure one before an NSA run that has no twin, 3 to warm up
 
 
 @dataclass(kw_only=True)

@@ -28,6 +28,12 @@ from parallel.engine import Engine
 from parallel.mesh import Mesh
 
 SAME = ("model", "parallel", "data", "optim", "train", "seed")  # in a run and its twin
+# What the speed of a full-attention run depends on besides its model and context, which have to be the run's own.
+PACE = {
+    "parallel": ("tp", "pp", "zero", "sequence", "recompute", "compile"),
+    "train": ("global_batch", "micro_batch", "precision"),
+}
+WARM_UP = 3  # steps of a calibration that compile and allocate, or half of them if there are few
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ def find(
     `rows` opens a loader that stands at the first row. Collective. Raises ConfigError for a run.twin that is none.
     """
     if cfg.run.twin:
-        return together(lambda: of_twin(cfg.run.twin), mesh)
+        return together(lambda: of_twin(cfg.run.twin, text, here), mesh)
     if cfg.attention.kind is Kind.full:
         return Baseline()
     found = beside(cfg, text, here) if mesh.rank == 0 else None
@@ -62,13 +68,33 @@ def find(
     return calibrate(cfg, here, mesh, vocab, rows)
 
 
-def of_twin(path: str) -> Baseline:
-    """A run of full attention: median of the later half of its steps."""
+def of_twin(path: str, text: str, here: dict[str, Any]) -> Baseline:
+    """A full-attention run of the model and context of a configuration (YAML) in the environment `here`; its words say
+    where it differs in what else has to do with speed. Raises ConfigError for any other run.
+    """
+    key, fix = f"run.twin={path}", "train it first (twin=full), or give run.twin=null"
     try:
-        return _trained(runs.read(Path(path)), path)
+        twin = runs.read(Path(path))
     except CheckpointError as e:
-        why = f"no measured twin there ({e.args[2]})"
-        raise ConfigError("config", f"run.twin={path}", why, "train it first, or give run.twin=null") from e
+        raise ConfigError("config", key, f"no measured twin there ({e.args[2]})", fix) from e
+    config = yaml.safe_load(text)
+    unlike = runs.differences([_shape(config), _shape(twin.config)])
+    if unlike or not twin.is_full:
+        why = f"of another {', '.join(unlike)}" if unlike else "a run of sparse attention"
+        raise ConfigError("config", key, f"{why}: no baseline of this run", fix)
+    found = runs.differences([_pace(config, here), _pace(twin.config, twin.environment)])
+    words = ", ".join(f"{name} {theirs} (here {ours})" for name, (ours, theirs) in found.items())
+    baseline = _trained(twin, path)
+    return replace(baseline, source=f"{baseline.source}, unlike this run in {words}") if words else baseline
+
+
+def _shape(config: dict[str, Any]) -> dict[str, Any]:
+    return {"model": {**config["model"], "name": ""}, "data.seq_len": config["data"]["seq_len"]}
+
+
+def _pace(config: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+    pace = {f"{part}.{key}": config[part].get(key) for part, keys in PACE.items() for key in keys}
+    return {**pace, "processes": environment["world"], "device": environment["device"]}
 
 
 def _trained(twin: Measured, path: str) -> Baseline:
@@ -112,10 +138,12 @@ def calibrate(
         seconds, memory = host_gather(measure(cfg, vocab, mesh, steps), mesh)[0]
         took = time.perf_counter() - begin
         known = {"of": of, "step_s": seconds, "mem_gib": memory, "took_s": took}
-    settled = known["step_s"][len(known["step_s"]) // 2 :]
+    warm = min(WARM_UP, cfg.run.calibrate // 2)
+    settled = known["step_s"][warm:]
     speed = cfg.train.global_batch * cfg.data.seq_len / statistics.median(settled)
-    source = f"calibration, no trained twin: {len(settled)} full-attention steps before the run, after "
-    source += f"{len(known['step_s']) - len(settled)} of warm-up, on {here['world']} x {here['device']}; "
+    source = f"calibration, no trained twin: median of {len(settled)} full-attention steps before the run, "
+    source += f"{min(settled):.3g} to {max(settled):.3g} s each, after {warm} of warm-up, "
+    source += f"on {here['world']} x {here['device']}; "
     return Baseline(speed, source + f"took {known['took_s']:.1f} s and {known['mem_gib']:.2f} GiB", known)
 
 

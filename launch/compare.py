@@ -6,6 +6,9 @@ Exit codes: 0; 64 for a bad option; 66 for what is no run.
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Optional
@@ -31,7 +34,7 @@ COLUMNS = {  # heading: how to show it
     "data wait": lambda r: _show(r.settled("data_wait_s"), "{:.3f} s"),
     "memory": lambda r: f"{r.memory:.2f} GiB",
 }
-TITLE = "speeds: median of the later half of the steps, per run; TFLOP/s per device; memory of rank 0"
+TITLE = "loss: mean of the last ten logged steps; speeds: median of the later half; TFLOP/s per device; memory: rank 0"
 
 
 def _show(value: Optional[float], how: str) -> str:
@@ -118,7 +121,8 @@ def ratios(runs: list[Measured]) -> list[str]:
             out.append(f"{run.name}: no full-attention run {context} among these, so no speed-up{_logged(run)}")
             continue
         saving = _show(run.settled("flop_saving"), "full attention needs {:.2f}x its model FLOPs by formula; ")
-        speed = f"{speedup(run, full):.2f}x its tokens/s, measured on {where(run, full)}"
+        steps = f"medians of {run.timed} and {full.timed} logged steps"
+        speed = f"{speedup(run, full):.2f}x its tokens/s ({steps}), measured on {where(run, full)}"
         loss = f"training loss {run.loss - full.loss:+.4f}"
         out.append(f"{run.name} against {full.name} {context}: {speed};\n  {saving}{loss}")
     return out
@@ -163,13 +167,20 @@ def finished(directories: list[str]) -> list[str]:
     return done
 
 
+def named(paths: Iterable[Path]) -> list[Measured]:
+    """The runs, by their names, or by their paths where two have the same name. Raises CheckpointError."""
+    runs = {path: read(path) for path in paths}
+    count = Counter(run.name for run in runs.values())
+    return [run if count[run.name] == 1 else replace(run, name=str(path)) for path, run in runs.items()]
+
+
 def compare(directories: list[str], output: Path) -> None:
     """Print the table of the runs at or below `directories`, and write the report. Raises RunError."""
     from launch import report  # matplotlib takes a second
 
     if output.suffix != ".html":
         raise ConfigError("option", f"--output {output}", "the report is HTML", "give a name that ends in .html")
-    runs = [read(path) for directory in directories for path in find(directory)]
+    runs = named(dict.fromkeys(path for directory in directories for path in find(directory)))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table(runs))
     for more in filter(None, (sparsity(runs), changes(runs))):

@@ -153,6 +153,7 @@ def _explain(error: Any) -> tuple[str, str, str]:
     noise = r"(full_key|object_type|reference_type|See https|To append|Config search path|provider=)"
     why = " ".join(line for line in lines[:12] if not re.match(noise, line))
     where = key.group(1) if key else "command line"
+    why = re.sub(r"Invalid value assigned: (\w+) is not a ListConfig, list or tuple", r"\1 given for a list [...]", why)
     if "LexerNoViableAltException" in why:
         why = why.replace("LexerNoViableAltException: ", "a quote or bracket that Hydra reads, in ")
         return where, why.rstrip(" ^"), """quote it for Hydra, inside the shell's quotes: 'run.dir="runs/my run"'"""

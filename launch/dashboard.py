@@ -10,6 +10,7 @@ from typing import Optional
 
 from configs.errors import ConfigError, exit_code
 from configs.options import Options, filled, place, write
+from configs.rules import check_project
 from launch.tracking import ServerError, has_key, reason
 
 TOKENS = "tokens"  # the axis of every curve
@@ -100,6 +101,7 @@ def main(argv: Optional[list[str]] = None) -> int:
 
     def work() -> None:
         args = parser.parse_args(argv)
+        check_project(args.project)
         create(args.entity, args.project, args.output)
 
     return exit_code(work)

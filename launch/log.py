@@ -13,7 +13,7 @@ from typing import Any, Optional
 from configs.schema import Config
 from data import batches
 from data.loader import Loader
-from launch.panel import Panel, clock, has_screen
+from launch.panel import Panel, clock, has_screen, unit
 from launch.tracking import Tracker, identity
 
 
@@ -154,7 +154,7 @@ def _line(m: dict[str, Any], steps: int, left: Optional[float]) -> str:
         f"loss {m['loss']:.4f}",
         f"norm {m['grad_norm']:.3f}",
         f"lr {m['lr']:.2e}",
-        f"{m['tokens_per_s_per_gpu']:,.0f} tokens/s per GPU",
+        f"{m['tokens_per_s_per_gpu']:,.0f} tokens/s per {unit()}",
         f"{m['model_tflops']:.3g} TFLOP/s",
         "" if m["mfu"] is None else f"MFU {m['mfu']:.1%}",
         "" if m["speedup_vs_full"] is None else f"{m['speedup_vs_full']:.2f}x full{_calibrated(m)}",

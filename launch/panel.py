@@ -10,6 +10,7 @@ import time
 from collections import deque
 from typing import Any
 
+import torch
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -27,7 +28,7 @@ CELLS = (  # label, name in metrics.jsonl, how to show it; a cell is left out wh
     ("validation", "val_loss", "{:.4f}"),
     ("lr", "lr", "{:.2e}"),
     ("gradient norm", "grad_norm", "{:.3f}"),
-    ("tokens/s per GPU", "tokens_per_s_per_gpu", "{:,.0f}"),
+    ("tokens/s per {unit}", "tokens_per_s_per_gpu", "{:,.0f}"),
     ("TFLOP/s", "model_tflops", "{:.3g}"),
     ("MFU", "mfu", "{:.1%}"),
     ("memory", "mem_gib", "{:.2f} GiB"),
@@ -35,6 +36,11 @@ CELLS = (  # label, name in metrics.jsonl, how to show it; a cell is left out wh
     ("data wait", "data_wait_s", "{:.3f} s"),
     ("goodput", "goodput", "{:.1%}"),
 )
+
+
+def unit() -> str:
+    """What a rank of the run has to itself, in the words of its user."""
+    return "GPU" if torch.cuda.is_available() else "process"
 
 
 def has_screen() -> bool:
@@ -85,7 +91,8 @@ class Panel:
     def picture(self) -> RenderableType:
         """As wide as the terminal: as many cells beside one another as fit."""
         m, age = self.numbers, time.monotonic() - self.changed
-        cells = [_cell(label, how.format(m[key])) for label, key, how in CELLS if m.get(key) is not None]
+        known = [(label.format(unit=unit()), how.format(m[key])) for label, key, how in CELLS if m.get(key) is not None]
+        cells = [_cell(label, value) for label, value in known]
         if m.get("left_s") is not None:
             cells.append(_cell("time left", clock(m["left_s"] - age)))
         cells.append(_cell("logged", f"{clock(age)} ago"))

@@ -40,9 +40,14 @@ class Measured:
         """What it was measured on."""
         return f"{self.environment['world']} x {self.environment['device']}"
 
+    @property
+    def timed(self) -> int:
+        """Logged steps of the later half, when compilation and caches have settled."""
+        return len(self.steps) - len(self.steps) // 2
+
     def settled(self, key: str) -> Optional[float]:
-        """Median over the later half of the steps, when compilation and caches have settled."""
-        values = [s[key] for s in self.steps[len(self.steps) // 2 :] if s.get(key) is not None]
+        """Median over the steps that are `timed`."""
+        values = [s[key] for s in self.steps[-self.timed :] if s.get(key) is not None]
         return statistics.median(values) if values else None
 
     @property

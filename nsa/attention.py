@@ -22,14 +22,13 @@ NO_TRITON = "triton is not installed"
 TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def check_backend(sizes: Attention, qk_dim: int, v_dim: int, group: int) -> None:
-    """Raises ConfigError if `sizes.backend` cannot run on this machine at these widths and heads to a KV head."""
+def check_backend(sizes: Attention) -> None:
+    """Raises ConfigError if `sizes.backend` cannot run on this machine; configs.rules knows which sizes it takes."""
     if sizes.backend is not Backend.triton:
         return
-    why = NO_TRITON if fused is None else fused.misfit(qk_dim, v_dim, group, sizes)
-    if why is None and not (fused.INTERPRETED or torch.cuda.is_available()):
-        why = "the kernels need a GPU, and there is none"
-    if why:
+    ready = fused is not None and (fused.INTERPRETED or torch.cuda.is_available())
+    if not ready:
+        why = NO_TRITON if fused is None else "the kernels need a GPU, and there is none"
         raise ConfigError("config", "attention.backend=triton", why, "give torch or auto")
 
 

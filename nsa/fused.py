@@ -1,35 +1,18 @@
 """The Triton backend: the kernels joined into one operator with a gradient, for eager mode and torch.compile."""
 
-import os
 from collections.abc import Sequence
 from typing import Optional
 
 import torch
 from torch import Tensor, library
 
+from configs.kernels import INTERPRETED, misfit
 from configs.schema import Attention, Branch
 from nsa import band, band_backward, gates, picked, score, tiles
 from nsa.documents import Documents, check_blocks, check_documents
 from nsa.tiles import halves, rows
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read when triton is imported, by triton as well
-MOST = 64  # blocks beyond the local ones that a query can choose
 NAMES = [b.value for b in Branch]
-
-
-def misfit(qk_dim: int, v_dim: int, group: int, sizes: Attention) -> str | None:
-    """Why the kernels cannot take heads of these widths, `group` of them to a KV head, or None."""
-    least = 4 if INTERPRETED else 16  # 16 bytes of fp32; what products take on a GPU
-    for name, width, parts in (("query and key", qk_dim, halves(qk_dim)), ("value", v_dim, (v_dim, 0))):
-        if parts[0] < least or parts[0] & (parts[0] - 1) or 0 < parts[1] < least or parts[0] > 128 or parts[1] > 64:
-            return f"the {name} width is {width}; they take 16, 32, 64, 128, and for keys 192 and the like"
-    if group & (group - 1) or group > 64:
-        return f"{group} heads share a KV head; they take groups of 1, 2, 4, ... 64"
-    if sizes.l_slc & (sizes.l_slc - 1) or not (least <= sizes.l_slc <= 128):
-        return f"l_slc is {sizes.l_slc}; they take 16, 32, 64 and 128"
-    if sizes.n - sizes.local > MOST:
-        return f"n is {sizes.n} with local={sizes.local}; they take at most {MOST + sizes.local}"
-    return None
 
 
 def unfit(q: Tensor, v_dim: int, kv_heads: int, sizes: Attention) -> str | None:
@@ -38,9 +21,7 @@ def unfit(q: Tensor, v_dim: int, kv_heads: int, sizes: Attention) -> str | None:
         return f"q is on the {q.device.type}, and they run on a GPU"
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"q is {q.dtype}; they take bfloat16, float16 and float32"
-    if q.dtype is torch.float32 and sizes.l_slc > 64 and max(q.shape[2], v_dim) > 64:  # no room for them
-        return f"l_slc is {sizes.l_slc}; with heads wider than 64 in float32 they take at most 64"
-    return misfit(q.shape[2], v_dim, q.shape[1] // kv_heads, sizes)
+    return misfit(q.shape[2], v_dim, q.shape[1] // kv_heads, sizes, q.dtype is torch.float32)
 
 
 def _sizes(numbers: Sequence[int]) -> tuple[Attention, list[str]]:

@@ -55,10 +55,9 @@ class Launch:
 
 
 def halves(width: int) -> tuple[int, int]:
-    """A head's width as two powers of two, the second perhaps 0: 192 is 128 and 64. (0, 0) if it is none."""
+    """A head's width as two powers of two, the second perhaps 0: 192 is 128 and 64."""
     first = 1 << (width.bit_length() - 1)
-    rest = width - first
-    return (first, rest) if rest & (rest - 1) == 0 else (0, 0)
+    return first, width - first
 
 
 def kind(q: Tensor, v: Tensor) -> str:

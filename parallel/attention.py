@@ -78,8 +78,7 @@ class SparseAttention(nn.Module):
     def __init__(self, cfg: Config, tp: TensorParallel, rope: Rope):
         super().__init__()
         m, self.sizes = cfg.model, cfg.attention
-        # Before a run is made, not in its first step.
-        check_backend(self.sizes, m.qk_dim, m.v_dim, m.heads // m.kv_heads)
+        check_backend(self.sizes)  # before a run is made, not in its first step
         self.branches = [b.value for b in self.sizes.branches]
         self.qk_dim, self.v_dim = m.qk_dim, m.v_dim
         self.tp, self.rope = tp, rope

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -56,19 +58,24 @@ def test_a_calibration_changes_nothing_and_leaves_nothing(corpus, world, layout)
 def test_it_is_logged_with_what_it_is_and_measured_once(corpus, tmp_path):
     plain, run = tmp_path / "plain", tmp_path / "run"
     run_train(corpus, plain, "train.steps=4", "checkpoint.every=2")
-    done = run_train(corpus, run, "train.steps=3", "checkpoint.every=3", "run.calibrate=4")
+    done = run_train(corpus, run, "train.steps=3", "checkpoint.every=3", "run.calibrate=8")
     for step, m in lines(run).items():
         assert (m["loss"], m["grad_norm"]) == (lines(plain)[step]["loss"], lines(plain)[step]["grad_norm"])
-        assert m["speedup_from"].startswith(
-            "calibration, no trained twin: 2 full-attention steps before the run, after 2"
+        found = re.match(
+            r"calibration, no trained twin: median of 5 full-attention steps before the run, "
+            r"([\d.]+) to ([\d.]+) s each, after 3 of warm-up, on 1 x ",
+            m["speedup_from"],
         )
         assert m["speedup_vs_full"] == pytest.approx(m["saving_realised"] * m["flop_saving"])
-    assert "1 x " in m["speedup_from"]
     assert "full (calibrated)" in done.stdout
     assert m["speedup_from"] in done.stdout
     known = json.loads((run / "calibration.json").read_text())
-    assert len(known["step_s"]) == 4
-    run_train(corpus, run, "train.steps=4", "run.calibrate=4")
+    assert len(known["step_s"]) == 8
+    timed = known["step_s"][3:]
+    assert [float(x) for x in found.groups()] == pytest.approx([min(timed), max(timed)], rel=0.01)
+    full = 4 * 128 / statistics.median(timed)  # tokens/s
+    assert m["speedup_vs_full"] == pytest.approx(m["tokens_per_s"] / full)
+    run_train(corpus, run, "train.steps=4", "run.calibrate=8")
     assert json.loads((run / "calibration.json").read_text()) == known, "a restart does not measure again"
     assert lines(plain)[4]["speedup_vs_full"] is None
 
@@ -93,8 +100,32 @@ def test_only_a_run_that_differs_in_nothing_else_is_a_twin(tmp_path):
         assert baseline.beside(cfg, yaml.safe_dump({**config, key: {"changed": 1}}), here) is None, key
     for key in here:
         assert baseline.beside(cfg, yaml.safe_dump(config), {**here, key: "other"}) is None, key
-    with pytest.raises(ConfigError, match=r"run\.twin=.*absent"):
-        baseline.of_twin(str(tmp_path / "absent"))
+
+
+def test_run_twin_takes_only_full_attention_of_the_same_model_and_says_what_else_differs(tmp_path):
+    places = {name: make_run(tmp_path / name, name.split("-")[0], 2000.0) for name in ("full", "nsa")}
+    place = {name: Path(path) for name, path in places.items()}
+    text = (place["full"] / "config.yaml").read_text()
+    config = {**yaml.safe_load(text), "parallel": {"tp": 1}}
+    for path in place.values():
+        own = {**config, "attention": {"kind": path.name}}
+        (path / "config.yaml").write_text(yaml.safe_dump(own))
+    here = {"device": "cpu", "world": 1, "data_fingerprint": "f"}
+
+    def source(twin: str, here=here, **changes) -> str:
+        return baseline.of_twin(str(tmp_path / twin), yaml.safe_dump({**config, **changes}), here).source
+
+    assert source("full") == source("full", optim={"lr": 1.0}, seed=5) == f"{place['full']} on 1 x cpu"
+    words = source("full", here={**here, "world": 2}, parallel={"tp": 2})
+    assert words == f"{place['full']} on 1 x cpu, unlike this run in parallel.tp 1 (here 2), processes 1 (here 2)"
+    refused = {
+        "absent": ({}, "no measured twin there"),
+        "nsa": ({}, "a run of sparse attention"),
+        "full": ({"data": {"seq_len": 2048}, "model": {"dim": 32}}, "of another model.dim, data.seq_len"),
+    }
+    for twin, (changes, why) in refused.items():
+        with pytest.raises(ConfigError, match=rf"run\.twin=.*{twin}: {why}.*twin=full"):
+            source(twin, **changes)
 
 
 def test_the_peak_of_memory_begins_anew():

@@ -43,13 +43,28 @@ def test_table_ratios_and_report(tmp_path, capsys):
     report = tmp_path / "deep" / "report.html"
     assert compare.main([nsa, full, "--output", str(report)]) == 0
     out = capsys.readouterr().out
-    said = "nsa-run against full-run at 1024 tokens of context: 1.50x its tokens/s, measured on 1 x cpu"
+    said = "nsa-run against full-run at 1024 tokens of context: 1.50x its tokens/s "
+    said += "(medians of 10 and 10 logged steps), measured on 1 x cpu"
     assert said in out
     assert said in report.read_text()
     assert "full attention needs 2.00x its model FLOPs by formula" in out
     assert "7.2500" in out
     assert "3,000" in out
     assert "warning" not in out
+
+
+def test_runs_of_one_name_are_told_apart_and_none_is_there_twice(tmp_path, capsys):
+    for sweep, rate in (("one", 3000.0), ("two", 1000.0)):
+        make_run(tmp_path / sweep / "n-8", "nsa", rate)
+    make_run(tmp_path / "full", "full", 2000.0)
+    given = [tmp_path / "one", tmp_path / "two", tmp_path / "full", tmp_path / "full"]
+    assert compare.main([*map(str, given), "--output", str(tmp_path / "c.html")]) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/one/n-8 against full at 1024 tokens of context: 1.50x" in out
+    assert f"{tmp_path}/two/n-8 against full at 1024 tokens of context: 0.50x" in out
+    runs = compare.named([Path(path) for path in (tmp_path / "one" / "n-8", tmp_path / "full")])
+    assert [run.name for run in runs] == ["n-8", "full"]
+    assert len([line for line in out.splitlines() if line.startswith("│ full ")]) == 1
 
 
 def test_unlike_runs_are_said_to_be(tmp_path, capsys):

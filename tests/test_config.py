@@ -4,9 +4,10 @@ import pytest
 
 from configs.errors import ConfigError
 from configs.rules import check
-from configs.schema import Branch, Compression, Kind, data_parallel, micro_batches
+from configs.schema import Backend, Branch, Compression, Kind, Precision, data_parallel, micro_batches
 from tests import tiny
 
+KERNELS = {"attention__backend": Backend.triton}
 BROKEN = [  # changes, processes, what the message must say
     (dict(model__layers=0), 1, ["model.layers=0", "at least 1"]),
     (dict(optim__lr=-1.0), 1, ["optim.lr=-1.0", "at least 0"]),
@@ -33,6 +34,14 @@ BROKEN = [  # changes, processes, what the message must say
     (dict(data__skip=[[2, 1]]), 1, ["data.skip=[[2, 1]]", "[first, last]"]),
     (dict(data__skip=[[3, 4], [0, 1]]), 1, ["data.skip", "from 1"]),
     (dict(data__skip=[[1]]), 1, ["data.skip"]),
+    (dict(data__skip=[1, 2]), 1, ["data.skip=[1, 2]", "[[first, last], ...]"]),
+    (dict(data__skip=[["a", 2]]), 1, ["data.skip", "counted from 1"]),
+    (dict(KERNELS, model__qk_dim=28), 1, ["attention.backend=triton", "key width is 28", "give torch or auto"]),
+    (dict(KERNELS, model__v_dim=192), 1, ["attention.backend=triton", "value width is 192"]),
+    (dict(KERNELS, model__heads=12), 1, ["attention.backend=triton", "3 heads share a KV head"]),
+    (dict(KERNELS, attention__l_slc=48), 1, ["attention.backend=triton", "l_slc is 48"]),
+    (dict(KERNELS, attention__n=80), 1, ["attention.backend=triton", "n is 80", "at most 66"]),
+    (dict(KERNELS, model__qk_dim=128, attention__l_slc=128), 1, ["attention.backend=triton", "128", "in float32"]),
     (dict(guard__rollbacks=-1), 1, ["guard.rollbacks=-1"]),
     (dict(parallel__tp=2), 3, ["parallel.tp*pp=2", "3 processes"]),
     (dict(parallel__tp=8), 8, ["model.kv_heads=4", "parallel.tp=8"]),
@@ -81,3 +90,18 @@ def test_sizes_that_follow():
     assert data_parallel(cfg, 4) == 2
     assert micro_batches(cfg, 4) == 1
     assert micro_batches(cfg, 2) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(KERNELS),
+        dict(KERNELS, model__qk_dim=192, model__v_dim=128),
+        dict(KERNELS, model__qk_dim=128, attention__l_slc=128, train__precision=Precision.bf16),
+        dict(KERNELS, model__qk_dim=28, attention__backend=Backend.auto),
+        dict(KERNELS, model__qk_dim=28, attention__kind=Kind.full),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_take_or_nobody_asks_of_them_is_allowed(changes):
+    check(tiny.config(**changes), 1)

@@ -60,11 +60,13 @@ def test_a_server_that_is_not_there_and_no_key_are_a_line(monkeypatch, tmp_path,
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert dashboard.main([]) == 64
+    assert dashboard.main(["--project", "a/b"]) == 64
     with serve() as server:
         server.status = 400
         for key, value in server.environment.items():
             monkeypatch.setenv(key, value)
         assert dashboard.main(["--entity", "me"]) == 75
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 2
-    assert "project me/sparsetron" in errors[1]
+    assert len(errors) == 3
+    assert "wandb.project=a/b" in errors[1]
+    assert "project me/sparsetron" in errors[2]

@@ -1,6 +1,7 @@
 """The launch scripts, run for real around a small program; stand-ins act like slurm's own commands."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,21 @@ def test_local_hands_a_request_to_stop_on_and_waits_for_the_run(place, number):
     assert process.wait(60) == 75
 
 
+@pytest.mark.parametrize("lacking", ["python3", "torch, deepspeed, hydra, psutil"])
+@pytest.mark.parametrize("script", ["local.sh", "demo.sh", "slurm.sbatch"])
+def test_without_its_environment_a_script_says_so_in_a_line(script, lacking, tmp_path):
+    for name in ("bash", "dirname", "rm"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    if lacking != "python3":
+        (tmp_path / "python3").write_text(f'#!{tmp_path}/bash\nexec {sys.executable} -I -S "$@"\n')  # no packages
+        (tmp_path / "python3").chmod(0o755)
+    env = {"PATH": str(tmp_path), "SPARSETRON_HOME": str(LAUNCH.parent), "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(["bash", str(LAUNCH / script), "data.path=q"], env=env, capture_output=True, text=True)
+    assert done.returncode == 64
+    fix = "activate the one of Sparsetron (source .venv/bin/activate)"
+    assert done.stderr == f"error: environment of the system: has no {lacking}; {fix}\n"
+
+
 STAND_INS = {
     "scontrol": """case "$*" in
         "show hostnames"*) echo n0; echo n1 ;;
@@ -163,6 +179,13 @@ def test_slurm_takes_them_from_the_file_of_an_array_too(slurm, tmp_path):
     assert subprocess.run(["bash", LAUNCH / "slurm.sbatch", str(array)], env=job, cwd=tmp_path).returncode == 0
     assert (Path(slurm["OUT"]) / "rank0").read_text() == "\n".join(["2", *options])
     assert not list(tmp_path.glob("**/harm"))
+
+
+def test_an_array_without_its_file_is_a_line(slurm):
+    job = {**slurm, "SLURM_ARRAY_TASK_ID": "3"}
+    done = subprocess.run(["bash", LAUNCH / "slurm.sbatch", "x"], env=job, capture_output=True, text=True, check=False)
+    assert done.returncode == 64
+    assert done.stderr == "error: file x/3: no run for this job of the array; submit it with python -m launch.submit\n"
 
 
 def test_slurm_does_not_queue_a_failed_run_again(slurm):

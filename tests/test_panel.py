@@ -74,7 +74,7 @@ def test_a_run_on_a_terminal(corpus, tmp_path):
         shown = "\n".join(watch(ours, screen))
         assert process.wait(60) == 0, process.stderr.read()
     assert "step 30 of 30" in shown
-    for label in ("tokens 15,360", "loss ", "validation ", "lr ", "gradient norm ", "tokens/s per GPU ", "memory "):
+    for label in ("tokens 15,360", "loss ", "validation ", "lr ", "gradient norm ", "tokens/s per process ", "memory "):
         assert label in shown
     for label in ("data wait ", "time left 0:00", "TFLOP/s "):
         assert label in shown
@@ -83,7 +83,8 @@ def test_a_run_on_a_terminal(corpus, tmp_path):
     assert "step     14/30" not in shown
     log = (run / "logs" / "train.log").read_text().splitlines()
     assert len([line for line in log if "  loss " in line]) == 30
-    assert all(part in log[5] for part in ("step ", "tokens", "norm", "lr", "tokens/s per GPU", "GiB", "data", "left"))
+    parts = ("step ", "tokens", "norm", "lr", "tokens/s per process", "GiB", "data", "left")
+    assert all(part in log[5] for part in parts)
 
 
 @pytest.mark.parametrize("columns", [200, 80, 34, 12, 3])

@@ -42,7 +42,7 @@ def test_without_such_steps_nothing_is_written(tmp_path, steps):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("steps", [[3], [0, 2], [5, 4], [1, 2, 3]])
+@pytest.mark.parametrize("steps", [[3], [0, 2], [5, 4], [1, 2, 3], [11, 12]])
 def test_what_is_no_span_is_refused(steps):
     with pytest.raises(ConfigError, match=r"profile\.steps"):
-        check(tiny.config(profile__steps=steps), 1)
+        check(tiny.config(profile__steps=steps, train__steps=10), 1)

@@ -140,11 +140,44 @@ def test_without_the_package_a_run_is_made_all_the_same(tmp_path, monkeypatch):
     assert "pip install wandb" in line
 
 
+def fill(disk: Path) -> None:
+    """Until there is no byte left."""
+    with suppress(OSError), open(disk / "filler", "wb", buffering=0) as f:
+        while True:
+            f.write(bytes(100))
+
+
+@pytest.mark.parametrize("mode", ["offline", pytest.param("online", marks=pytest.mark.slow)])
+def test_a_disk_that_fills_up_under_what_it_keeps_costs_no_step_and_nothing_is_lost(corpus, tmp_path, small_disk, mode):
+    run = tmp_path / "run"
+    with serve() as server:
+        env = {**os.environ, **server.environment, "WANDB_DIR": str(small_disk)}
+        options = ["train.steps=60", f"wandb.mode={mode}", f"wandb.timeout={LIMIT}"]
+        started = subprocess.Popen(
+            command(corpus, run, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        )
+        for line in started.stdout:
+            if line.startswith("step     10/"):
+                while not list(small_disk.glob("wandb/*/*.wandb")):  # a thread begins it
+                    time.sleep(0.01)
+                fill(small_disk)
+            last = time.monotonic()
+        said = started.stderr.read()
+        assert started.wait(60) == 0
+        assert time.monotonic() - last < 2 * LIMIT + 5
+        assert len(said.splitlines()) <= 1, said
+        assert said == "" or said.startswith("warning: W&B is off: ")
+        steps = [m["step_s"] for m in lines(run).values()]
+        assert len(steps) == 60
+        assert max(steps) < LIMIT / 2, "a step has waited for the disk"
+        later = [sys.executable, "-m", "launch.upload", str(run)]
+        subprocess.run(later, cwd=ROOT, env={**os.environ, **server.environment}, timeout=60, check=True)
+        same(server.history((run / "wandb_id").read_text()), run)
+
+
 def test_a_full_disk_for_what_it_keeps_turns_it_off_with_a_line(tmp_path, monkeypatch, capfd, small_disk):
     make_full_run(tmp_path / "run")
-    with suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as f:
-        while True:
-            f.write(bytes(4096))
+    fill(small_disk)
     monkeypatch.setenv("WANDB_DIR", str(small_disk))
     said: list[str] = []
     begin = time.monotonic()
