@@ -29,6 +29,8 @@ MISTAKES = [  # command, exit code, what the line must say
     ("launch.bench --row tiny --limit nan", 64, "--limit: nan"),
     ("launch.bench --row tiny --json .", 64, "--json .: not writable"),
     ("launch.supervise -n x", 64, "argument -n"),
+    ("launch.supervise -n 1 --nodes 2 data.path=x", 64, "--head absent"),
+    ("launch.dashboard --project a/b --output view.json", 64, "wandb.project=a/b"),
     ("launch.export run", 64, "required: DIR"),
     ("launch.export EMPTY out", 64, "RUN: is empty"),
     ("launch.export nowhere out", 66, "nowhere: not readable"),
