@@ -24,7 +24,7 @@ COLUMNS = {  # heading: how to show it
     "attention": lambda r: r.config["attention"]["kind"],
     "context": lambda r: f"{r.context:,}",
     "steps": lambda r: f"{r.steps[-1]['step']:,}",
-    "tokens": lambda r: f"{r.steps[-1]['tokens'] / 1e6:,.2f} M",
+    "tokens": lambda r: _count(r.steps[-1]["tokens"]),
     "loss": lambda r: f"{r.loss:.4f}",
     "validation": lambda r: _show(r.validation_loss, "{:.4f}"),
     "tokens/s": lambda r: _show(r.settled("tokens_per_s"), "{:,.0f}"),
@@ -35,6 +35,10 @@ COLUMNS = {  # heading: how to show it
     "memory": lambda r: f"{r.memory:.2f} GiB",
 }
 TITLE = "loss: mean of the last ten logged steps; speeds: median of the later half; TFLOP/s per device; memory: rank 0"
+
+
+def _count(tokens: int) -> str:
+    return f"{tokens / 1e6:,.2f} M" if tokens >= 1e6 else f"{tokens:,}"
 
 
 def _show(value: Optional[float], how: str) -> str:

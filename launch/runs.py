@@ -99,7 +99,7 @@ def find(directory: str) -> list[Path]:
         return [path]
     found = sorted(p.parent for p in path.glob("**/metrics.jsonl"))
     if not found:
-        why = "holds no run" if path.is_dir() else "does not exist"
+        why = "holds no run" if path.exists() else "does not exist"
         raise CheckpointError("run", path, why, "give directories that train.py has made")
     return found
 

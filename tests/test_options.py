@@ -9,6 +9,7 @@ MISTAKES = [  # command, exit code, what the line must say
     ("launch.compare run --other", 64, "--other"),
     ("launch.compare EMPTY", 64, "RUN: is empty"),
     ("launch.compare nowhere", 66, "nowhere: does not exist"),
+    ("launch.compare file", 66, "file: holds no run"),
     ("launch.compare nowhere --output page.txt", 64, "ends in .html"),
     ("launch.dashboard more", 64, "unrecognized"),
     ("launch.dashboard --project EMPTY", 64, "--project: is empty"),
