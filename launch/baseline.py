@@ -28,11 +28,6 @@ from parallel.engine import Engine
 from parallel.mesh import Mesh
 
 SAME = ("model", "parallel", "data", "optim", "train", "seed")  # in a run and its twin
-# What the speed of a full-attention run depends on besides its model and context, which have to be the run's own.
-PACE = {
-    "parallel": ("tp", "pp", "zero", "sequence", "recompute", "compile"),
-    "train": ("global_batch", "micro_batch", "precision"),
-}
 WARM_UP = 3  # steps of a calibration that compile and allocate, or half of them if there are few
 
 
@@ -82,7 +77,7 @@ def of_twin(path: str, text: str, here: dict[str, Any]) -> Baseline:
     if unlike or not twin.is_full:
         why = f"of another {', '.join(unlike)}" if unlike else "a run of sparse attention"
         raise ConfigError("config", key, f"{why}: no baseline of this run", fix)
-    found = runs.differences([_pace(config, here), _pace(twin.config, twin.environment)])
+    found = runs.differences([runs.pace(config, here), runs.pace(twin.config, twin.environment)])
     words = ", ".join(f"{name} {theirs} (here {ours})" for name, (ours, theirs) in found.items())
     baseline = _trained(twin, path)
     return replace(baseline, source=f"{baseline.source}, unlike this run in {words}") if words else baseline
@@ -90,11 +85,6 @@ def of_twin(path: str, text: str, here: dict[str, Any]) -> Baseline:
 
 def _shape(config: dict[str, Any]) -> dict[str, Any]:
     return {"model": {**config["model"], "name": ""}, "data.seq_len": config["data"]["seq_len"]}
-
-
-def _pace(config: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
-    pace = {f"{part}.{key}": config[part].get(key) for part, keys in PACE.items() for key in keys}
-    return {**pace, "processes": environment["world"], "device": environment["device"]}
 
 
 def _trained(twin: Measured, path: str) -> Baseline:

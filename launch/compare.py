@@ -18,13 +18,13 @@ from rich.table import Table
 
 from configs.errors import CheckpointError, ConfigError, exit_code
 from configs.options import Options, filled, place, write
-from launch.runs import Measured, differences, find, read
+from launch.runs import Measured, differences, find, pace, read
 
 COLUMNS = {  # heading: how to show it
     "attention": lambda r: r.config["attention"]["kind"],
     "context": lambda r: f"{r.context:,}",
     "steps": lambda r: f"{r.steps[-1]['step']:,}",
-    "tokens": lambda r: f"{r.steps[-1]['tokens'] / 1e6:,.2f} M",
+    "tokens": lambda r: _count(r.steps[-1]["tokens"]),
     "loss": lambda r: f"{r.loss:.4f}",
     "validation": lambda r: _show(r.validation_loss, "{:.4f}"),
     "tokens/s": lambda r: _show(r.settled("tokens_per_s"), "{:,.0f}"),
@@ -37,6 +37,10 @@ COLUMNS = {  # heading: how to show it
 TITLE = "loss: mean of the last ten logged steps; speeds: median of the later half; TFLOP/s per device; memory: rank 0"
 
 
+def _count(tokens: int) -> str:
+    return f"{tokens / 1e6:,.2f} M" if tokens >= 1e6 else f"{tokens:,}"
+
+
 def _show(value: Optional[float], how: str) -> str:
     return "-" if value is None else how.format(value)
 
@@ -44,7 +48,7 @@ def _show(value: Optional[float], how: str) -> str:
 def table(runs: list[Measured]) -> Table:
     """One row a run."""
     out = Table(title=TITLE)
-    out.add_column("run", overflow="fold")
+    out.add_column("run", overflow="fold", min_width=min(24, max(len(run.name) for run in runs)))
     for heading in COLUMNS:
         out.add_column(heading, justify="right")
     for run in runs:
@@ -82,14 +86,10 @@ def changes(runs: list[Measured]) -> Optional[Table]:
 NO_OPTION = ("run", "wandb", "experiment")  # they name a run and change nothing in it
 
 
-ALIKE = {  # what must agree for a comparison of like with like
+ALIKE = {  # what must agree for a comparison of like with like, beside what `pace` knows
     "data": lambda r: r.environment.get("data_fingerprint"),
-    "device": lambda r: r.environment.get("device"),
-    "number of processes": lambda r: r.environment.get("world"),
     "seed": lambda r: r.config["seed"],
     "data.seq_len": lambda r: r.context,
-    "train.global_batch": lambda r: r.config["train"]["global_batch"],
-    "train.precision": lambda r: r.config["train"]["precision"],
     "model": lambda r: r.config["model"],
     "optim": lambda r: r.config["optim"],
     "steps": lambda r: r.steps[-1]["step"],
@@ -98,13 +98,15 @@ ALIKE = {  # what must agree for a comparison of like with like
 
 def unlike(a: Measured, b: Measured) -> dict[str, tuple[Any, Any]]:
     """The things in which two runs should agree and do not."""
-    return {what: (of(a), of(b)) for what, of in ALIKE.items() if of(a) != of(b)}
+    speed = differences([pace(r.config, r.environment) for r in (a, b)])
+    return {**speed, **{what: (of(a), of(b)) for what, of in ALIKE.items() if of(a) != of(b)}}
 
 
 def baseline(run: Measured, runs: list[Measured]) -> Optional[Measured]:
-    """The full-attention run at the same context that is most like `run`; None for a full one, or without any."""
+    """The full-attention run at the same context that is most like `run`, among equals its own twin; None for a full
+    run, or without any."""
     twins = [r for r in runs if r.is_full and not run.is_full and r.context == run.context]
-    return min(twins, key=lambda twin: len(unlike(run, twin)), default=None)
+    return min(twins, key=lambda twin: (len(unlike(run, twin)), twin.name != f"{run.name}-full"), default=None)
 
 
 def speedup(run: Measured, full: Measured) -> float:

@@ -89,7 +89,8 @@ def create(entity: str, project: str, output: Optional[Path]) -> None:
         owner = entity or wandb.Api().default_entity
         print(workspace(owner, project).save().url)
     except Exception as e:  # W&B has many
-        raise ServerError("W&B", f"project {entity}/{project}", reason(e), "try again") from e
+        where = f"{entity}/{project}" if entity else project
+        raise ServerError("W&B", f"project {where}", reason(e), "try again") from e
 
 
 def main(argv: Optional[list[str]] = None) -> int:

@@ -81,12 +81,14 @@ class _Memory(dict):
 def _join(host: str, port: str, node: int) -> Any:
     import torch.distributed as dist  # takes seconds, and one machine needs it not
 
-    where = f"--head {host}:{port}"
+    where, fix = f"--head {host}:{port}", "give HOST:PORT of node 0, as every node can reach it"
+    if not (host and port.isdigit()):
+        raise ConfigError("option", f"--head {host or port or 'absent'}", "is where several nodes meet", fix)
     try:
         socket.getaddrinfo(host, int(port))
         return dist.TCPStore(host, int(port), is_master=node == 0, timeout=timedelta(seconds=PATIENCE))
-    except (ValueError, OSError) as e:
-        raise ConfigError("option", where, str(e), "give HOST:PORT of node 0, as every node can reach it") from e
+    except OSError as e:
+        raise ConfigError("option", where, str(e), fix) from e
     except RuntimeError as e:
         why = str(e).splitlines()[0]
         raise ConfigError("option", where, why, "give a free port, which every node can reach") from e

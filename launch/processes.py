@@ -31,7 +31,7 @@ def torchrun() -> list[str]:
     """The command, with what this version knows of the options that let a run save before it stops."""
     source = Path(*importlib.util.find_spec("torch").submodule_search_locations, "distributed", "run.py")
     more = SHUTDOWN if SHUTDOWN[0] in source.read_text() else []
-    return [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "0", *SIGNALS, *more]
+    return [sys.executable, "-m", "launch.elastic", "--max-restarts", "0", *SIGNALS, *more]
 
 
 def ask(launcher: subprocess.Popen, number: int, ranks: int) -> None:

@@ -80,6 +80,18 @@ class Measured:
         return list(itertools.accumulate(spans))
 
 
+PACE = {
+    "parallel": ("tp", "pp", "zero", "sequence", "recompute", "compile"),
+    "train": ("global_batch", "micro_batch", "precision"),
+}
+
+
+def pace(config: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+    """What the speed of a run depends on besides its model, attention and context, by names to show."""
+    options = {f"{part}.{key}": config.get(part, {}).get(key) for part, keys in PACE.items() for key in keys}
+    return {"device": environment["device"], "processes": environment["world"], **options}
+
+
 def find(directory: str) -> list[Path]:
     """The run directories at or below one (a sweep's), by name. Raises CheckpointError if there is none."""
     path = Path(directory)
@@ -87,7 +99,7 @@ def find(directory: str) -> list[Path]:
         return [path]
     found = sorted(p.parent for p in path.glob("**/metrics.jsonl"))
     if not found:
-        why = "holds no run" if path.is_dir() else "does not exist"
+        why = "holds no run" if path.exists() else "does not exist"
         raise CheckpointError("run", path, why, "give directories that train.py has made")
     return found
 

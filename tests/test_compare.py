@@ -67,6 +67,16 @@ def test_runs_of_one_name_are_told_apart_and_none_is_there_twice(tmp_path, capsy
     assert len([line for line in out.splitlines() if line.startswith("│ full ")]) == 1
 
 
+@pytest.mark.parametrize(("part", "key"), [("train", "micro_batch"), ("parallel", "tp"), ("parallel", "recompute")])
+def test_what_makes_a_run_faster_or_slower_has_to_be_alike_too(tmp_path, part, key):
+    runs = [read(Path(make_run(tmp_path / kind, kind, 9.0))) for kind in ("nsa", "full")]
+    assert compare.warnings(runs) == []
+    runs[0].config.setdefault(part, {})[key] = 7
+    assert compare.warnings(runs) == [
+        f"warning: nsa and full are not like with like: {part}.{key} differs (7, None)",
+    ]
+
+
 def test_unlike_runs_are_said_to_be(tmp_path, capsys):
     nsa = make_run(tmp_path / "a", "nsa", 3000.0, device="H200", seed=1)
     full = make_run(tmp_path / "b", "full", 2000.0, device="H100")
@@ -87,6 +97,8 @@ def test_the_baseline_is_the_full_run_most_alike_at_the_same_context(tmp_path):
     assert compare.baseline(nsa, [nsa, other, longer]) is other
     assert compare.baseline(nsa, [nsa, longer]) is None
     assert compare.baseline(same, [same, other]) is None
+    own = run("nsa-full", "full", 3.0, seed=1)
+    assert compare.baseline(nsa, [same, nsa, own]) is own, "of two that are alike the one of its name"
 
 
 def test_without_a_baseline_there_is_no_speed_up(tmp_path, capsys):

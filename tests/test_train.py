@@ -214,6 +214,7 @@ def test_bad_input_on_several_processes_is_still_one_line_and_its_code(corpus, t
     for overrides, code in ((["parallel.tp=3"], 64), (["data.path=absent"], 65)):
         done = train(corpus, tmp_path / "run", *overrides, processes=2, code=code)
         assert len(errors(done)) == 1
+        assert "Traceback" not in done.stderr
         assert list(tmp_path.iterdir()) == []
 
 
