@@ -19,6 +19,7 @@ from configs.schema import Attention, Branch
 from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, kind, locate, precision
 
 FAR = tl.constexpr(1 << 30)
+SHORT_BAND = tl.constexpr(4)  # tiles of keys
 NAMES = [b.value for b in Branch]
 
 # By `tiles.kind`; timed on an H200 for 16 bits.
@@ -111,19 +112,17 @@ def tile_at(i, sinks, first, lefts, inner, BN: tl.constexpr):
 
 
 @triton.jit
-def edges(place, last, BN: tl.constexpr, L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr):
-    """Tiles of BN keys for queries [place, last]: the first key, tiles on the left that not all see, the first key
-    after them, tiles that all see, the first key after these, tiles on the right.
+def edges(low, low_last, high, high_last, short, BN: tl.constexpr):
+    """Tiles of BN keys for queries of which the first sees the keys [low, high) and the last [low_last, high_last):
+    tiles on the left that not all see, the first key after them, tiles that all see, the first key after these, tiles
+    on the right.
 
     A short band is all edge: to start another loop takes longer than its masks do.
     """
-    first, end = lowest(place, A, N), beyond(last, L, D)
-    left = tl.minimum(first + (lowest(last, A, N) - first + BN - 1) // BN * BN, end)
-    whole = tl.maximum((beyond(place, L, D) - left) // BN, 0)
-    if N * A <= 4 * BN:
-        whole = 0
+    left = tl.minimum(low + (low_last - low + BN - 1) // BN * BN, high_last)
+    whole = tl.where(short, 0, tl.maximum((high - left) // BN, 0))
     inner = left + whole * BN
-    return first, (left - first + BN - 1) // BN, left, whole, inner, tl.maximum(end - inner + BN - 1, 0) // BN
+    return (left - low + BN - 1) // BN, left, whole, inner, tl.maximum(high_last - inner + BN - 1, 0) // BN
 
 
 @triton.jit
@@ -138,12 +137,13 @@ def _band(
     t, head = place + row // G, group * G + row % G
     low, high = lowest(t, A, N), beyond(t, L, D)
     last = tl.minimum(place + BQ, length) - 1
-    first, lefts, left, whole, inner, rights = edges(place, last, BN, L, D, A, N)
-    sinks = (tl.minimum(lowest(last, A, N), SINK) + BN - 1) // BN
+    first, first_last, short = lowest(place, A, N), lowest(last, A, N), N * A <= SHORT_BAND * BN
+    lefts, left, whole, inner, rights = edges(first, first_last, beyond(place, L, D), beyond(last, L, D), short, BN)
+    sinks = (tl.minimum(first_last, SINK) + BN - 1) // BN
     acc = tl.zeros([BQ * G, F], tl.float32)
     total = tl.zeros([BQ * G], tl.float32)
     peak = total - float("inf")
-    if N * A > 4 * BN:
+    if not short:
         acc, total, peak = _attend(
             acc, total, peak, q, q2, k, k_rest, v, base, k_at, v_at, 0, left, 0, left, whole, low, high, low, scale,
             E, E2, F, BN, False, EXACT,

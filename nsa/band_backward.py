@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from configs.schema import Attention
-from nsa.band import FAR, SHORT, Band, beyond, branches, edges, lowest, shares_registers, tile_at
+from nsa.band import FAR, SHORT, SHORT_BAND, Band, beyond, branches, edges, lowest, shares_registers, tile_at
 from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, kind, locate, precision, stretches
 
 # By bytes of an element; those for 16 bits were timed on an H200.
@@ -68,8 +68,10 @@ def _queries_band(
     drop = tl.load(delta + at, mask=there, other=0.0)
     low, high = lowest(t, A, N), beyond(t, L, D)
     last = tl.minimum(place + BQ, length) - 1
-    first, lefts, left, whole, inner, rights = edges(place, last, BN, L, D, A, N)
-    if N * A > 4 * BN:
+    first, short = lowest(place, A, N), N * A <= SHORT_BAND * BN
+    seen = first, lowest(last, A, N), beyond(place, L, D), beyond(last, L, D)
+    lefts, left, whole, inner, rights = edges(*seen, short, BN)
+    if not short:
         acc1, acc2 = _queries_step(
             acc1, acc2, q, q2, do, off, drop, k, k_rest, v, base, k_at, v_at, left, 0, left, whole, low, high, scale,
             E, E2, F, BN, False, EXACT,
