@@ -89,6 +89,7 @@ PACE = {
 def pace(config: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
     """What the speed of a run depends on besides its model, attention and context, by names to show."""
     options = {f"{part}.{key}": config.get(part, {}).get(key) for part, keys in PACE.items() for key in keys}
+    options["deterministic"] = config.get("deterministic", False)
     return {"device": environment["device"], "processes": environment["world"], **options}
 
 

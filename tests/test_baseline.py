@@ -118,6 +118,7 @@ def test_run_twin_takes_only_full_attention_of_the_same_model_and_says_what_else
     assert source("full") == source("full", optim={"lr": 1.0}, seed=5) == f"{place['full']} on 1 x cpu"
     words = source("full", here={**here, "world": 2}, parallel={"tp": 2})
     assert words == f"{place['full']} on 1 x cpu, unlike this run in processes 1 (here 2), parallel.tp 1 (here 2)"
+    assert source("full", deterministic=True).endswith("unlike this run in deterministic False (here True)")
     refused = {
         "absent": ({}, "no measured twin there"),
         "nsa": ({}, "a run of sparse attention"),

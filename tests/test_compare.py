@@ -77,6 +77,14 @@ def test_what_makes_a_run_faster_or_slower_has_to_be_alike_too(tmp_path, part, k
     ]
 
 
+def test_bits_that_repeat_cost_speed(tmp_path):
+    runs = [read(Path(make_run(tmp_path / kind, kind, 9.0))) for kind in ("nsa", "full")]
+    runs[1].config["deterministic"] = True
+    assert compare.warnings(runs) == [
+        "warning: nsa and full are not like with like: deterministic differs (False, True)",
+    ]
+
+
 def test_unlike_runs_are_said_to_be(tmp_path, capsys):
     nsa = make_run(tmp_path / "a", "nsa", 3000.0, device="H200", seed=1)
     full = make_run(tmp_path / "b", "full", 2000.0, device="H100")
