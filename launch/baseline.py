@@ -101,7 +101,7 @@ def beside(cfg: Config, text: str, here: dict[str, Any]) -> Optional[Baseline]:
             run = runs.read(path.parent)
         except (CheckpointError, OSError):  # not begun, or not ours
             continue
-        same = all(run.config.get(key) == config.get(key) for key in SAME)
+        same = all(run.config[key] == config[key] for key in SAME)
         where = all(run.environment.get(key) == here[key] for key in ("device", "world", "data_fingerprint"))
         if run.is_full and same and where:
             return _trained(run, str(path.parent))

@@ -71,9 +71,9 @@ def test_runs_of_one_name_are_told_apart_and_none_is_there_twice(tmp_path, capsy
 def test_what_makes_a_run_faster_or_slower_has_to_be_alike_too(tmp_path, part, key):
     runs = [read(Path(make_run(tmp_path / kind, kind, 9.0))) for kind in ("nsa", "full")]
     assert compare.warnings(runs) == []
-    runs[0].config.setdefault(part, {})[key] = 7
+    runs[0].config[part][key] = 7
     assert compare.warnings(runs) == [
-        f"warning: nsa and full are not like with like: {part}.{key} differs (7, None)",
+        f"warning: nsa and full are not like with like: {part}.{key} differs (7, {runs[1].config[part][key]})",
     ]
 
 
