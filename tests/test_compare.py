@@ -67,8 +67,8 @@ def test_runs_of_one_name_are_told_apart_and_none_is_there_twice(tmp_path, capsy
     assert len([line for line in out.splitlines() if line.startswith("│ full ")]) == 1
 
 
-@pytest.mark.parametrize(("part", "key"), [("train", "micro_batch"), ("parallel", "tp"), ("parallel", "recompute")])
-def test_what_makes_a_run_faster_or_slower_has_to_be_alike_too(tmp_path, part, key):
+@pytest.mark.parametrize(("part", "key"), [("train", "micro_batch"), ("parallel", "recompute"), ("model", "init_std")])
+def test_what_has_to_be_alike_is_named(tmp_path, part, key):
     runs = [read(Path(make_run(tmp_path / kind, kind, 9.0))) for kind in ("nsa", "full")]
     assert compare.warnings(runs) == []
     runs[0].config[part][key] = 7
