@@ -152,7 +152,9 @@ def forward(
     pairs = sort(chosen, CHUNK, blocks)
     o_part = q.new_empty(size, groups, picks, g, width)
     lse_part = q.new_empty(o_part.shape[:-1], dtype=torch.float32)
-    how = hopper.attend if hopper.fits(q, v, slc) else attend
+    how = attend
+    if hopper.fits(q, v, slc):  # it reads whole rows: copied here, not again for each chunk
+        how, q, k, v = hopper.attend, q.contiguous(), k.contiguous(), v.contiguous()
     for c, first in enumerate(range(0, n, CHUNK)):
         count = min(CHUNK, n - first)
         how(q, k, v, o_part, lse_part, pairs, documents, sizes, c)
