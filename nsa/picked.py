@@ -16,11 +16,10 @@ from torch import Tensor
 from configs.schema import Attention
 from nsa import hopper
 from nsa.memory import BACK_RUN, CHUNK
-from nsa.pairs import Pairs, sort
+from nsa.pairs import RUN, Pairs, sort
 from nsa.score import NONE
 from nsa.tiles import LOG2E, Documents, Launch, columns, halves, kind, locate, precision
 
-RUN = 32  # pairs of a run forward; backward has BACK_RUN
 FORWARD = Launch(64, 0, 4, 1)  # a tile's keys are one block
 BACKWARD = {  # by `tiles.kind`
     "narrow": Launch(128, 0, 4, 2), "middle": Launch(64, 0, 4, 2), "wide": Launch(32, 0, 4, 2),

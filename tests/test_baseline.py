@@ -101,8 +101,7 @@ def test_only_a_run_that_differs_in_nothing_else_is_a_twin(tmp_path):
 
 
 def test_run_twin_takes_only_full_attention_of_the_same_model_and_says_what_else_differs(tmp_path):
-    places = {name: make_run(tmp_path / name, name.split("-")[0], 2000.0) for name in ("full", "nsa")}
-    place = {name: Path(path) for name, path in places.items()}
+    place = {kind: Path(make_run(tmp_path / kind, kind, 2000.0)) for kind in ("full", "nsa")}
     config = runs.read(place["full"]).config
     here = {"device": "cpu", "world": 1, "data_fingerprint": "f"}
 
