@@ -118,6 +118,7 @@ def _about(p: Plan) -> list[str]:
     cfg, t = p.cfg, p.cfg.train
     assumed = "" if cfg.model.vocab_size or cfg.data.random else " (assumed: model.vocab_size says it)"
     model = f"{sizes.whole(cfg, p.vocab) / 1e9:,.3f} B parameters, vocabulary {p.vocab:,}{assumed}"
+    model += ", embeddings tied" if cfg.model.tie_embeddings else ""
     world, gpu = p.cluster.gpus, p.cluster.gpu.name
     layout = f"tp {cfg.parallel.tp}, pp {cfg.parallel.pp}, dp {data_parallel(cfg, world)}, ZeRO {cfg.parallel.zero}"
     rows = f"{micro_batches(cfg, world)} micro-batches a rank of {t.micro_batch} x {cfg.data.seq_len:,} tokens"

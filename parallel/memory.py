@@ -64,6 +64,8 @@ def _memory(cfg: Config, vocab: int, world: int, stage: Stage) -> Memory:
         "backward": flight * sum(kept.values()) + _backward(cfg) + 2 * residual(cfg),
         "update": _update(cfg, counts, dp),
     }
+    if cfg.model.tie_embeddings and stage.first != stage.last:  # the other end's gradient, beside this one's
+        moments["tied weight"] = 4 * cfg.model.dim * vocab // cfg.parallel.tp
     if stage.last:
         logits = width(cfg) * tokens(cfg) * vocab // cfg.parallel.tp
         kept |= {"head": width(cfg) * tokens(cfg) * cfg.model.dim + norm(cfg, fused=False), "logits": logits}

@@ -57,6 +57,33 @@ def test_a_larger_cluster_has_less_on_each_gpu():
     assert peaks[0] - peaks[1] == pytest.approx(12 * sizes.whole(cfg, 50304) * (1 / 8 - 1 / 64), rel=0.01)
 
 
+def test_a_tied_weight_is_once_in_the_model_and_on_both_ends_of_a_pipeline(capsys):
+    line, world, matrix = "model=8b train.micro_batch=1 model.vocab_size=65536".split(), 8, 4096 * 65536
+    cut = ["parallel.pp=4", "parallel.tp=2"]
+    untied, one, four = (
+        plan.plan(plan.read([*line, *more], world), Cluster(world, GPUS["h200"]))
+        for more in ([], ["model.tie_embeddings=true"], ["model.tie_embeddings=true", *cut])
+    )
+    totals = [sizes.whole(p.cfg, p.vocab) for p in (untied, one, four)]
+    assert totals == [totals[0], totals[0] - matrix, totals[0] - matrix]
+    assert untied.flops == one.flops == four.flops, "the product with the head is made in any case"
+    assert sum(one.stages[0].parameters.values()) == totals[1]
+    ends = [s.parameters["embedding"] + s.parameters["head"] for s in four.stages]
+    assert ends == [matrix // 2, 0, 0, matrix // 2]
+    assert [s.moments.get("tied weight") for s in four.stages] == [2 * matrix, None, None, 2 * matrix]
+    assert [sum(t.bytes for t in sent if t.kind == "tied weight") for sent in four.sent] == [
+        2 * matrix,
+        0,
+        0,
+        2 * matrix,
+    ]
+    assert "tied weight" not in {t.kind for t in one.sent[0]}
+    assert plan.main([*line, *cut, "model.tie_embeddings=true", "--gpus", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "embeddings tied" in said
+    assert "tied weight" in said
+
+
 REFUSED = [
     ("model=8b data.seq_len=65536 train.micro_batch=2 parallel.tp=2 --gpus 8", "parallel.recompute=full", ", or "),
     ("model=8b data.seq_len=16384 train.micro_batch=1 --gpus 1", "parallel.recompute=full", "too much"),
