@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import ConfigError, exit_code
+from configs.kernels import without
 from configs.options import Options, number, place, write
 from configs.rules import check_sizes
 from configs.schema import Config, Kind, Recompute, data_parallel, micro_batches
@@ -56,6 +57,13 @@ class Plan:
     def fits(self) -> bool:
         return self.needed(self.fullest) <= self.cluster.gpu.gib
 
+    @property
+    def attention(self) -> str:
+        """What computes it, among EFFICIENCY."""
+        if self.cfg.attention.kind is Kind.full:
+            return "full"
+        return "nsa without kernels" if without(self.cfg) else "nsa"
+
     def seconds(self, sent: Traffic) -> float:
         """That a kind of traffic takes where nothing else is to be done."""
         return sent.bytes / 1e9 / self.cluster.link(sent.span)
@@ -63,7 +71,7 @@ class Plan:
     @property
     def step(self) -> float:
         """Seconds of a step, an estimate: assumed efficiencies, and no communication hidden behind work."""
-        f, attention = self.flops, EFFICIENCY["full" if self.cfg.attention.kind is Kind.full else "nsa"]
+        f, attention = self.flops, EFFICIENCY[self.attention]
         work = (f.linear + self._again) / EFFICIENCY["linear"] + (f.total - f.linear) / attention
         if self.cfg.parallel.recompute is Recompute.full:
             work += (f.total - f.linear) / metrics.BACKWARD / attention
@@ -123,15 +131,26 @@ def _about(p: Plan) -> list[str]:
     layout = f"tp {cfg.parallel.tp}, pp {cfg.parallel.pp}, dp {data_parallel(cfg, world)}, ZeRO {cfg.parallel.zero}"
     rows = f"{micro_batches(cfg, world)} micro-batches a rank of {t.micro_batch} x {cfg.data.seq_len:,} tokens"
     return [
-        f"{model}, {cfg.attention.kind.value} attention",
+        model,
+        _attention(p),
         f"{world:,} x {gpu}: {layout}, recomputation {cfg.parallel.recompute.value}",
         f"a step: {t.global_batch * cfg.data.seq_len:,} tokens in {rows}; {p.flops.total / 1e12:,.1f} model TFLOP",
     ]
 
 
+def _attention(p: Plan) -> str:
+    """What attention is planned, and what computes it on GPUs."""
+    backend, why = p.cfg.attention.backend.value, without(p.cfg)
+    return {
+        "full": "full attention, by torch's kernels",
+        "nsa": f"nsa attention, by its Triton kernels (backend={backend})",
+        "nsa without kernels": f"nsa attention by plain torch, without kernels (backend={backend}): {why}",
+    }[p.attention]
+
+
 def _speed(p: Plan) -> str:
     """The estimate, with what it assumes."""
-    reached = ", ".join(f"{part} {share:.0%}" for part, share in EFFICIENCY.items())
+    reached = ", ".join(f"{part} {100 * EFFICIENCY[part]:g}%" for part in ("linear", p.attention))
     assumed = f"assumes shares of the peak ({reached}), and that nothing that is sent hides behind work"
     waits = f"stages wait {p.bubble:.0%} of the time"
     return f"estimate: {p.tokens_per_s:,.0f} tokens/s, MFU {p.mfu:.0%}; {waits}. It {assumed}."
@@ -190,6 +209,7 @@ def record(p: Plan) -> dict[str, Any]:
         "model_flops": p.flops.total,
         "bubble": p.bubble,
         "estimate": {"step_s": p.step, "tokens_per_s": p.tokens_per_s, "mfu": p.mfu, "efficiency": EFFICIENCY},
+        "attention": p.attention,
         "kept_by_block": memory.kept_by_block(p.cfg),
         "stages": [
             {**asdict(m), "held": m.held, "peak": m.peak, "when": m.when, "needed_gib": p.needed(m)} for m in p.stages

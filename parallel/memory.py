@@ -6,7 +6,9 @@ of real blocks and with the tensors of a real engine: who changes a block change
 
 from dataclasses import dataclass
 
-import nsa.memory as sparse
+import nsa.memory as by_kernels
+import nsa.reference_memory as by_torch
+from configs.kernels import without
 from configs.schema import Config, Kind, Precision, Recompute, data_parallel, micro_batches
 from parallel.metrics import blocks
 from parallel.sizes import Stage, parameters, stages
@@ -141,8 +143,8 @@ def _attention(cfg: Config) -> dict[str, int]:
     output = w * n * heads * m.v_dim
     out = {"norm of attention": norm(cfg, compiled(cfg)), "input of attention": w * n * m.dim}
     if cfg.attention.kind is Kind.nsa:
-        shape = nsa_shape(cfg)
-        out |= {f"NSA: {name}": size for name, size in sparse.kept(shape, cfg.attention).items()}
+        sparse = by_torch if without(cfg) else by_kernels
+        out |= {f"NSA: {name}": size for name, size in sparse.kept(nsa_shape(cfg), cfg.attention).items()}
         out["output of attention"] = output
     else:
         out["queries, keys, values"] = w * n * (heads * m.qk_dim + kv_heads * (m.qk_dim + m.v_dim))
@@ -157,11 +159,11 @@ def _mlp(cfg: Config) -> dict[str, int]:
     return {"norm of MLP": norm(cfg, compiled(cfg)), "input of MLP": w * n * m.dim, "MLP": inside}
 
 
-def nsa_shape(cfg: Config) -> sparse.Shape:
+def nsa_shape(cfg: Config) -> by_kernels.Shape:
     """Of a rank's heads in a micro-batch of rows that are one document each."""
-    m, a, tp, rows = cfg.model, cfg.attention, cfg.parallel.tp, cfg.train.micro_batch
-    compressed = rows * blocks(cfg.data.seq_len, a.l, a.d)
-    return sparse.Shape(tokens(cfg), compressed, m.heads // tp, m.kv_heads // tp, m.qk_dim, m.v_dim, width(cfg))
+    m, a, tp, n, length = cfg.model, cfg.attention, cfg.parallel.tp, tokens(cfg), cfg.data.seq_len
+    compressed = cfg.train.micro_batch * blocks(length, a.l, a.d)
+    return by_kernels.Shape(n, length, compressed, m.heads // tp, m.kv_heads // tp, m.qk_dim, m.v_dim, width(cfg))
 
 
 def _backward(cfg: Config) -> int:
@@ -169,7 +171,7 @@ def _backward(cfg: Config) -> int:
     m, tp, w, n = cfg.model, cfg.parallel.tp, width(cfg), tokens(cfg)
     mlp = 2 * w * n * m.mlp_dim // tp + 3 * w * m.dim * m.mlp_dim // tp  # also gradients of weights, until summed
     if cfg.attention.kind is Kind.nsa:
-        attention = sparse.backward(nsa_shape(cfg), cfg.attention)
+        attention = (by_torch if without(cfg) else by_kernels).backward(nsa_shape(cfg), cfg.attention)
     else:  # gradients of output, queries, keys and values; in fp32 sums of those of queries, and <do, o>
         heads = w * (m.heads * (m.qk_dim + m.v_dim) + m.kv_heads * (m.qk_dim + m.v_dim))
         attention = n * (heads + 4 * m.heads * (m.qk_dim + 1)) // tp

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from configs.schema import Config, Precision, Recompute, data_parallel
+from configs.schema import Backend, Config, Kind, Precision, Recompute, data_parallel
 from data.synthetic import RandomRows
 from parallel import memory, tied
 from parallel.engine import Engine
@@ -92,7 +92,8 @@ LAYOUTS = [
     (2, 512, dict(parallel__tp=2)),
     (2, 512, dict(parallel__tp=2, parallel__sequence=True, parallel__recompute=Recompute.mlp)),
     (2, 16384, dict(parallel__pp=2, train__global_batch=4)),
-    (2, 16384, dict(parallel__pp=2, model__tie_embeddings=True)),
+    (2, 4096, dict(parallel__pp=2, model__tie_embeddings=True)),
+    (1, 512, dict(attention__kind=Kind.nsa)),  # in torch: there are no kernels
 ]
 
 
@@ -100,7 +101,7 @@ LAYOUTS = [
 def test_the_peak_of_a_step(world, vocab, changes):
     sizes = dict(model__dim=256, model__kv_heads=2, model__qk_dim=32, model__v_dim=32, model__mlp_dim=1024)
     run = dict(data__seq_len=1024, train__precision=Precision.bf16, train__global_batch=2, parallel__compile=False)
-    cfg = tiny.config("full", **{**sizes, **run, **changes})
+    cfg = tiny.config("full", attention__backend=Backend.torch, **{**sizes, **run, **changes})
     found = ranks.run(world, peak_of_a_step, cfg, vocab)
     stages = memory.by_stage(cfg, vocab, world)
     for rank, peak in enumerate(found):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from configs.kernels import without
 from configs.schema import Backend, Precision, Recompute
 from data.synthetic import RandomRows
 from launch import plan
@@ -82,6 +83,32 @@ def test_a_tied_weight_is_once_in_the_model_and_on_both_ends_of_a_pipeline(capsy
     said = capsys.readouterr().out
     assert "embeddings tied" in said
     assert "tied weight" in said
+
+
+BACKENDS = [
+    ("attention=full", "full attention, by torch's kernels"),
+    ("attention.backend=auto", "by its Triton kernels (backend=auto)"),
+    ("attention.backend=torch", "by plain torch, without kernels (backend=torch): as asked for"),
+    ("model.qk_dim=80 model.v_dim=72", "by plain torch, without kernels (backend=auto): the value width is 72"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "says"), BACKENDS)
+def test_it_plans_for_what_computes_attention_on_gpus(overrides, says, tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    line = f"model=1b data.seq_len=8192 train.micro_batch=1 --json {file}".split()
+    assert plan.main([*line, *overrides.split()]) == 0
+    assert says in " ".join(capsys.readouterr().out.split())
+    planned = json.loads(file.read_text())
+    kernels = "NSA: chosen blocks" in planned["kept_by_block"]
+    assert planned["attention"] == ("full" if "full" in says else "nsa" if kernels else "nsa without kernels")
+    assert kernels == ("Triton" in says)
+    assert (planned["estimate"]["tokens_per_s"] < 20_000) == ("plain torch" in says)
+
+
+@pytest.mark.parametrize("model", ["160m", "1b", "8b", "paper"])
+def test_models_for_gpus_have_sizes_that_the_kernels_take(model):
+    assert without(plan.read([f"model={model}"], 1)) is None
 
 
 REFUSED = [
