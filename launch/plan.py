@@ -19,7 +19,7 @@ from configs.errors import ConfigError, exit_code
 from configs.kernels import without
 from configs.options import Options, number, place, write
 from configs.rules import check_sizes
-from configs.schema import Config, Kind, Recompute, data_parallel, micro_batches
+from configs.schema import Config, Kind, Precision, Recompute, data_parallel, micro_batches
 from launch.advice import advise
 from launch.cluster import CONTEXT, EFFICIENCY, FRAGMENTED, GIB, GPUS, NCCL, NETWORK, NODE, Cluster
 from launch.compose import compose, from_text
@@ -101,7 +101,8 @@ def plan(cfg: Config, cluster: Cluster) -> Plan:
     vocab, world = vocabulary(cfg), cluster.gpus
     stages = memory.by_stage(cfg, vocab, world)
     sent = [traffic.of_stage(cfg, vocab, world, m.stage) for m in stages]
-    flops = metrics.flops(cfg, vocab, [cfg.data.seq_len] * cfg.train.global_batch)
+    row = metrics.flops(cfg, vocab, [cfg.data.seq_len])
+    flops = metrics.Flops(**{part: cfg.train.global_batch * count for part, count in asdict(row).items()})
     return Plan(cfg, vocab, cluster, stages, sent, flops, traffic.bubble(cfg, world))
 
 
@@ -153,7 +154,8 @@ def _speed(p: Plan) -> str:
     reached = ", ".join(f"{part} {100 * EFFICIENCY[part]:g}%" for part in ("linear", p.attention))
     assumed = f"assumes shares of the peak ({reached}), and that nothing that is sent hides behind work"
     waits = f"stages wait {p.bubble:.0%} of the time"
-    return f"estimate: {p.tokens_per_s:,.0f} tokens/s, MFU {p.mfu:.0%}; {waits}. It {assumed}."
+    slow = "" if p.cfg.train.precision is Precision.bf16 else ", as if in bf16"
+    return f"estimate{slow}: {p.tokens_per_s:,.0f} tokens/s, MFU {p.mfu:.0%}; {waits}. It {assumed}."
 
 
 def _shown(p: Plan) -> list[Memory]:

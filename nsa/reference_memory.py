@@ -20,7 +20,9 @@ def kept(s: Shape, a: Attention) -> dict[str, int]:
         "keys and values": 4 * s.tokens * s.kv_heads * (s.qk_dim + s.v_dim) * _rotated(a),
         "compressed blocks": s.blocks * s.kv_heads * blocks * scored,
         "gates": (s.width + 4) * s.tokens * s.heads * len(a.branches),
-        "branches": short * s.tokens // s.length * sum(sum(_kept(s, a, *c).values()) for c in _chunks(s.length)),
+        "branches": s.tokens // s.length * sum(sum(_kept(s, a, *c).values()) for c in _chunks(s.length))
+        if short
+        else 0,
     }
 
 
@@ -29,7 +31,7 @@ def backward(s: Shape, a: Attention) -> int:
 
     What short documents kept becomes less from there on, by more than the sums of gradients in fp32 grow.
     """
-    count, end = max(_chunks(s.length), key=lambda c: c[0] * c[1])
+    count, end = max(_chunks(s.length, last=2), key=lambda c: c[0] * c[1])
     chunk, scores = _kept(s, a, count, end), _scores(s, a, count, end)
     again = 0 if s.length <= KEEP else sum(chunk.values())
     left = {b: again - sum(size for other, size in chunk.items() if other > b) for b in chunk}
@@ -43,10 +45,10 @@ def _rotated(a: Attention) -> int:
     return sum(b is not Branch.cmp for b in a.branches)
 
 
-def _chunks(length: int) -> list[tuple[int, int]]:
-    """(queries, keys up to the last of them) of a document."""
+def _chunks(length: int, last: int = 0) -> list[tuple[int, int]]:
+    """(queries, keys up to the last of them) of a document: of all chunks, or of the last ones."""
     size = min(max(CHUNKS[0], length // 8), CHUNKS[1])
-    return [(min(size, length - start), min(start + size, length)) for start in range(0, length, size)]
+    return [(min(size, length - start), min(start + size, length)) for start in range(0, length, size)[-last:]]
 
 
 def _scores(s: Shape, a: Attention, count: int, end: int) -> dict[int, int]:

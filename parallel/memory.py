@@ -102,15 +102,14 @@ def residual(cfg: Config) -> int:
 
 def _held(cfg: Config, count: int, dp: int) -> dict[str, int]:
     """Weights, gradients, optimizer and buffers of `count` parameters of a rank, by ZeRO stage."""
-    zero, w, optimizer = cfg.parallel.zero, width(cfg), 12 * count // dp
-    if zero == 1:  # gradients are summed in fp32, whole
-        return {"weights": w * count, "gradients": 4 * count, "optimizer": optimizer, "buffers": 0}
+    zero, w = cfg.parallel.zero, width(cfg)
+    in_place = zero == 1 and cfg.train.precision is Precision.bf16  # gradients are reduced where they are summed
     gathered = w * min(count, GATHERED) * (zero == 3 and dp > 1)
     return {
         "weights": w * count // (dp if zero == 3 else 1),
-        "gradients": 4 * count // dp,
-        "optimizer": optimizer,
-        "buffers": w * BUCKET + gathered,
+        "gradients": 4 * count // (1 if zero == 1 else dp),
+        "optimizer": 12 * count // dp,
+        "buffers": gathered + (0 if in_place else w * BUCKET),
     }
 
 

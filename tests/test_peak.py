@@ -92,7 +92,7 @@ LAYOUTS = [
     (2, 512, dict(parallel__tp=2)),
     (2, 512, dict(parallel__tp=2, parallel__sequence=True, parallel__recompute=Recompute.mlp)),
     (2, 16384, dict(parallel__pp=2, train__global_batch=4)),
-    (2, 4096, dict(parallel__pp=2, model__tie_embeddings=True)),
+    (1, 512, dict(train__precision=Precision.fp32)),
     (1, 512, dict(attention__kind=Kind.nsa)),  # in torch: there are no kernels
 ]
 

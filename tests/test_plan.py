@@ -25,8 +25,8 @@ RUNS = [
     ("experiment=bench_1b attention=nsa model.kv_heads=2 data.seq_len=65536 train.global_batch=1", 1),
     ("model=160m data.path=/nowhere train.micro_batch=1", 2),
     ("model=8b data=long parallel.recompute=full parallel.tp=4 parallel.pp=4 train.micro_batch=1", 64),
-    (  # 0.9 T parameters
-        "model=8b model.layers=128 model.dim=25600 model.heads=160 model.kv_heads=16 model.qk_dim=160 model.v_dim=160 "
+    (  # 1.0 T parameters
+        "model=8b model.layers=128 model.dim=25600 model.heads=256 model.kv_heads=16 model.qk_dim=192 model.v_dim=128 "
         "model.mlp_dim=68000 data.seq_len=8192 train.global_batch=2048 train.micro_batch=1 parallel.tp=16 "
         "parallel.pp=16 parallel.sequence=true parallel.recompute=full",
         16384,
@@ -115,7 +115,8 @@ REFUSED = [
     ("model=8b data.seq_len=65536 train.micro_batch=2 parallel.tp=2 --gpus 8", "parallel.recompute=full", ", or "),
     ("model=8b data.seq_len=16384 train.micro_batch=1 --gpus 1", "parallel.recompute=full", "too much"),
     ("model=8b data.seq_len=65536 train.micro_batch=2 parallel.tp=2 --gpus 8 --gpu h100", "recompute=full", " and "),
-    ("experiment=bench_1b data.seq_len=1048576 train.global_batch=1", "data.seq_len=65536", "GiB, not enough alone)"),
+    ("experiment=bench_1b data.seq_len=1048576 train.global_batch=1", "data.seq_len=524288 and", "recompute=full ("),
+    ("model=8b model.layers=1000 --gpus 8 train.micro_batch=1", "recompute=full and parallel.", "still too much"),
     ("model=160m data.seq_len=8192 train.micro_batch=16 --gpu l4", "train.micro_batch=4", "parallel.recompute=full"),
 ]  # fmt: skip
 
@@ -154,6 +155,7 @@ MISTAKES = [
     ("parallel.tp=2 --gpus 3", "3 processes"),
     ("parallel.zero=0", "parallel.zero=0"),
     ("model.vocab_size=1001 model.kv_heads=2 parallel.tp=2 --gpus 2", "model.vocab_size=1001"),
+    ("--gpus 99999999999", "train.global_batch=16"),
     ("--json /dev/null/plan.json", "--json /dev/null/plan.json"),
 ]
 
