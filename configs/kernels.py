@@ -2,7 +2,7 @@
 
 import os
 
-from configs.schema import Attention
+from configs.schema import Attention, Backend, Config, Precision
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read when triton is imported, by triton as well
 MOST = 64  # blocks beyond the local ones that a query can choose
@@ -23,3 +23,14 @@ def misfit(qk_dim: int, v_dim: int, group: int, sizes: Attention, fp32: bool) ->
     if sizes.n - sizes.local > MOST:
         return f"n is {sizes.n} with local={sizes.local}; they take at most {MOST + sizes.local}"
     return None
+
+
+def misfit_of(cfg: Config) -> str | None:
+    """The same of a run."""
+    m = cfg.model
+    return misfit(m.qk_dim, m.v_dim, m.heads // m.kv_heads, cfg.attention, cfg.train.precision is Precision.fp32)
+
+
+def without(cfg: Config) -> str | None:
+    """Why a sparse run on GPUs does without the kernels, or None."""
+    return "as asked for" if cfg.attention.backend is Backend.torch else misfit_of(cfg)

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Any
 
 from configs.errors import ConfigError
-from configs.kernels import misfit
+from configs.kernels import misfit_of
 from configs.schema import (
     REMOTE,
     Attention,
@@ -15,7 +15,6 @@ from configs.schema import (
     Compression,
     Config,
     Kind,
-    Precision,
     Profile,
     data_parallel,
     duration,
@@ -213,10 +212,9 @@ def _check_scores(a: Attention) -> None:
 
 
 def _check_kernels(cfg: Config) -> None:
-    a, m = cfg.attention, cfg.model
-    why = misfit(m.qk_dim, m.v_dim, m.heads // m.kv_heads, a, cfg.train.precision is Precision.fp32)
-    ok = a.backend is not Backend.triton or why is None
-    _require(ok, "attention.backend", a.backend, str(why), "give torch or auto")
+    why = misfit_of(cfg)
+    ok = cfg.attention.backend is not Backend.triton or why is None
+    _require(ok, "attention.backend", cfg.attention.backend, str(why), "give torch or auto")
 
 
 def _check_layout(cfg: Config, world: int) -> None:

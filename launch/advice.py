@@ -19,8 +19,8 @@ def advise(cfg: Config, world: int, most: float, need: Need) -> str:
     options = list(_options(cfg, world))
     gib, text = _search(cfg, world, options, most, need)
     if gib > most:
-        gib, last = _search(cfg, world, [*options, _shorter_rows(cfg)], most, need)
-        text = last if gib <= most else f"{text}, and more GPUs or a smaller model: that is still too much"
+        no = f"{text}, and more GPUs or a smaller model: that is still too much"
+        text = next(_with_shorter_rows(cfg, world, options, most, need), no)
     return f"give {text}"
 
 
@@ -49,10 +49,14 @@ def _options(cfg: Config, world: int) -> Iterator[list[Change]]:
     yield [("parallel.pp", p.pp * k) for k in _powers(world)]
 
 
-def _shorter_rows(cfg: Config) -> list[Change]:
-    """The last thing to change: it is another training run."""
+def _with_shorter_rows(cfg: Config, world: int, options: list[list[Change]], most: float, need: Need) -> Iterator[str]:
+    """The last thing to change, as it is another training run, and as little as fits: alone, or with one of these."""
     length = cfg.data.seq_len
-    return [("data.seq_len", length // k) for k in _powers(length) if length // k >= 1024]
+    for shorter in [("data.seq_len", length // k) for k in _powers(length) if length // k >= 1024]:
+        for changes in [[shorter], *([shorter, change] for values in options for change in values)]:
+            gib = _try(cfg, world, changes, need)
+            if gib is not None and gib <= most:
+                yield _text(gib, changes, most)
 
 
 def _powers(most: int) -> list[int]:

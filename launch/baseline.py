@@ -27,7 +27,7 @@ from parallel.comm import host_gather, together
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 
-SAME = ("model", "parallel", "data", "optim", "train", "seed")  # in a run and its twin
+SAME = ("model", "parallel", "data", "optim", "train", "seed", "deterministic")  # in a run and its twin
 WARM_UP = 3  # steps of a calibration that compile and allocate, or half of them if there are few
 
 
@@ -101,7 +101,7 @@ def beside(cfg: Config, text: str, here: dict[str, Any]) -> Optional[Baseline]:
             run = runs.read(path.parent)
         except (CheckpointError, OSError):  # not begun, or not ours
             continue
-        same = all(run.config.get(key) == config[key] for key in SAME)
+        same = all(run.config[key] == config[key] for key in SAME)
         where = all(run.environment.get(key) == here[key] for key in ("device", "world", "data_fingerprint"))
         if run.is_full and same and where:
             return _trained(run, str(path.parent))
@@ -119,6 +119,7 @@ def calibrate(
     batch = {key: getattr(cfg.train, key) for key in ("global_batch", "micro_batch")}
     of = {"steps": cfg.run.calibrate, "device": here["device"], "world": here["world"], "torch": here["torch"]}
     of |= {**config, **batch, "seq_len": cfg.data.seq_len, "precision": cfg.train.precision.value}
+    of["deterministic"] = cfg.deterministic
     known = json.loads(path.read_text()) if mesh.rank == 0 and path.exists() else {}
     known = host_gather(known, mesh)[0]
     if known.get("of") != of:

@@ -10,8 +10,9 @@ NCCL = 0.4  # GiB of each process group of several ranks
 FRAGMENTED = 1.06  # memory that torch's allocator takes over what it gives out, at the peak
 NODE = 8  # GPUs
 NETWORK = 50.0  # GB/s between nodes, each way and for each GPU: 400 Gb/s
-# Of the bf16 peak, forward and backward together: matrix products; attention, in causal FLOPs; NSA, in those it needs.
-EFFICIENCY = {"linear": 0.6, "full": 0.4, "nsa": 0.2}
+# Of the bf16 peak, forward and backward together: matrix products; attention, in causal FLOPs; NSA, in those it needs,
+# by its kernels, or without them (one model on an H200, 8,192 tokens).
+EFFICIENCY = {"linear": 0.6, "full": 0.4, "nsa": 0.2, "nsa without kernels": 0.001}
 
 
 @dataclass(frozen=True)

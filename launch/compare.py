@@ -86,20 +86,16 @@ def changes(runs: list[Measured]) -> Optional[Table]:
 NO_OPTION = ("run", "wandb", "experiment")  # they name a run and change nothing in it
 
 
-ALIKE = {  # what must agree for a comparison of like with like, beside what `pace` knows
-    "data": lambda r: r.environment.get("data_fingerprint"),
-    "seed": lambda r: r.config["seed"],
-    "data.seq_len": lambda r: r.context,
-    "model": lambda r: r.config["model"],
-    "optim": lambda r: r.config["optim"],
-    "steps": lambda r: r.steps[-1]["step"],
-}
+def alike(run: Measured) -> dict[str, Any]:
+    """What must agree for a comparison of like with like."""
+    more = {key: run.config[key] for key in ("seed", "model", "optim")} | {"data.seq_len": run.context}
+    more |= {"data": run.environment.get("data_fingerprint"), "steps": run.steps[-1]["step"]}
+    return pace(run.config, run.environment) | more
 
 
-def unlike(a: Measured, b: Measured) -> dict[str, tuple[Any, Any]]:
-    """The things in which two runs should agree and do not."""
-    speed = differences([pace(r.config, r.environment) for r in (a, b)])
-    return {**speed, **{what: (of(a), of(b)) for what, of in ALIKE.items() if of(a) != of(b)}}
+def unlike(a: Measured, b: Measured) -> dict[str, list[Any]]:
+    """The things in which two runs should agree and do not, with what they are in each."""
+    return differences([alike(a), alike(b)])
 
 
 def baseline(run: Measured, runs: list[Measured]) -> Optional[Measured]:

@@ -1,7 +1,8 @@
 """python -m launch.dashboard: create the W&B workspace that compares the runs of a project.
 
 Each time it is called it creates a view of its own; those of others stay. --output writes what would be sent instead.
-Exit codes: 0; 64 for a bad option, or not logged in; 75 for a server that does not answer (try again).
+Exit codes: 0; 64 for a bad option, no login, or a key that the server refuses; 75 for a server that does not answer
+(try again).
 """
 
 import sys
@@ -11,7 +12,7 @@ from typing import Optional
 from configs.errors import ConfigError, exit_code
 from configs.options import Options, filled, place, write
 from configs.rules import check_project
-from launch.tracking import ServerError, has_key, reason
+from launch.tracking import failure, has_key
 
 TOKENS = "tokens"  # the axis of every curve
 CURVES = {  # section: title of a panel and what it shows, names of metrics.jsonl
@@ -90,7 +91,7 @@ def create(entity: str, project: str, output: Optional[Path]) -> None:
         print(workspace(owner, project).save().url)
     except Exception as e:  # W&B has many
         where = f"{entity}/{project}" if entity else project
-        raise ServerError("W&B", f"project {where}", reason(e), "try again") from e
+        raise failure(e, f"project {where}", "try again") from e
 
 
 def main(argv: Optional[list[str]] = None) -> int:

@@ -3,10 +3,11 @@
 import sys
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 if __name__ == "__main__":
     try:
         run.main()
-    except ChildFailedError:
+    except (ChildFailedError, SignalException):
         sys.exit(1)

@@ -1,7 +1,8 @@
 """python -m launch.export RUN DIR: the newest checkpoint as one model, whatever layout it was trained on.
 
-DIR gets model.safetensors (whole fp32 weights by the names of parallel/transformer.py), config.json (sizes, attention,
-tokenizer, where it comes from, hash) and tokenizer.tiktoken. A run starts from it with train.start_from=DIR.
+DIR gets model.safetensors (whole fp32 weights by the names of parallel/transformer.py), config.json (options of the
+model and its attention by the names of configs/schema.py, tokenizer, where it comes from, hash) and tokenizer.tiktoken.
+A tied weight is there once, as the embedding's. A run starts from it with train.start_from=DIR.
 """
 
 import json
@@ -62,16 +63,19 @@ def _write(cfg: Config, path: str, state: dict[str, Any], temporary: Path) -> No
     weights = temporary / "model.safetensors"
     save_file({name: reader.whole(name).contiguous() for name in sorted(reader.places)}, weights)
     weights.chmod(0o640)  # it would be for its user alone
-    content = {group: checkpoint.group(state["identity"], group) for group in ("model", "attention")}
+    content = {group: checkpoint.group(state["identity"], group) for group in checkpoint.OPTIONS}
     content |= {"tokenizer": _tokenizer(store, known, temporary), "seq_len": cfg.data.seq_len, "checkpoint": str(path)}
     content |= {"step": state["step"], "tokens": state["tokens"], "sha256": checkpoint.sha256(weights)}
     (temporary / "config.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def load(folder: Path) -> Transformer:
-    """The exported model on this host, in fp32: call it with (tokens [n], Documents), it gives logits [n, vocab]."""
-    content = json.loads((folder / "config.json").read_text())
-    parts = {group: content[group] for group in ("model", "attention")}
+    """The exported model on this host, in fp32: call it with (tokens [n], Documents), it gives logits [n, vocab].
+
+    Raises CheckpointError for what is damaged or of another version.
+    """
+    content = checkpoint.exported(folder)
+    parts = {group: content[group] for group in checkpoint.OPTIONS}
     parts["model"] = {"name": folder.name, **parts["model"]}
     rest = {"data": {"path": "-", "seq_len": content["seq_len"]}, "run": {"dir": "-"}}
     alone = Group(None, 0, 1)
@@ -80,7 +84,11 @@ def load(folder: Path) -> Transformer:
     weights = load_file(folder / "model.safetensors")
     if content["model"]["tie_embeddings"]:  # which are there once
         weights[f"{len(model) - 1}.output.weight"] = weights[tied.EMBEDDING]
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:  # config.json was written by hand
+        why = f"the weights are not those of its config.json ({str(e).splitlines()[1].strip()[:150]})"
+        raise CheckpointError("model", folder, why, "export it again") from e
     return model
 
 

@@ -21,8 +21,8 @@ class Nodes:
     def __init__(self, nodes: int = 1, node: int = 0, head: str = ""):
         """Raises ConfigError where nobody can meet at `head`."""
         self.nodes, self.node = nodes, node
-        self.host, _, port = head.rpartition(":")
-        self.store: Any = _Memory() if nodes == 1 else _join(self.host, port, node)
+        self.host = head.rpartition(":")[0]
+        self.store: Any = _Memory() if nodes == 1 else _join(head, node)
 
     def meet(self, attempt: int, give_up: Callable[[], bool]) -> int:
         """The port at which the processes of an attempt meet on the head, a fresh one for each; 0 if given up."""
@@ -78,12 +78,13 @@ class _Memory(dict):
         return all(key in self for key in keys)
 
 
-def _join(host: str, port: str, node: int) -> Any:
+def _join(head: str, node: int) -> Any:
     import torch.distributed as dist  # takes seconds, and one machine needs it not
 
-    where, fix = f"--head {host}:{port}", "give HOST:PORT of node 0, as every node can reach it"
-    if not (host and port.isdigit()):
-        raise ConfigError("option", f"--head {host or port or 'absent'}", "is where several nodes meet", fix)
+    host, _, port = head.rpartition(":")
+    where, fix = f"--head {head or 'absent'}", "give HOST:PORT of node 0, as every node can reach it"
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise ConfigError("option", where, "no address where several nodes can meet", fix)
     try:
         socket.getaddrinfo(host, int(port))
         return dist.TCPStore(host, int(port), is_master=node == 0, timeout=timedelta(seconds=PATIENCE))

@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import ConfigError, exit_code
+from configs.kernels import without
 from configs.options import Options, number, place, write
 from configs.rules import check_sizes
-from configs.schema import Config, Kind, Recompute, data_parallel, micro_batches
+from configs.schema import Config, Kind, Precision, Recompute, data_parallel, micro_batches
 from launch.advice import advise
 from launch.cluster import CONTEXT, EFFICIENCY, FRAGMENTED, GIB, GPUS, NCCL, NETWORK, NODE, Cluster
 from launch.compose import compose, from_text
@@ -56,6 +57,13 @@ class Plan:
     def fits(self) -> bool:
         return self.needed(self.fullest) <= self.cluster.gpu.gib
 
+    @property
+    def attention(self) -> str:
+        """What computes it, among EFFICIENCY."""
+        if self.cfg.attention.kind is Kind.full:
+            return "full"
+        return "nsa without kernels" if without(self.cfg) else "nsa"
+
     def seconds(self, sent: Traffic) -> float:
         """That a kind of traffic takes where nothing else is to be done."""
         return sent.bytes / 1e9 / self.cluster.link(sent.span)
@@ -63,7 +71,7 @@ class Plan:
     @property
     def step(self) -> float:
         """Seconds of a step, an estimate: assumed efficiencies, and no communication hidden behind work."""
-        f, attention = self.flops, EFFICIENCY["full" if self.cfg.attention.kind is Kind.full else "nsa"]
+        f, attention = self.flops, EFFICIENCY[self.attention]
         work = (f.linear + self._again) / EFFICIENCY["linear"] + (f.total - f.linear) / attention
         if self.cfg.parallel.recompute is Recompute.full:
             work += (f.total - f.linear) / metrics.BACKWARD / attention
@@ -93,7 +101,8 @@ def plan(cfg: Config, cluster: Cluster) -> Plan:
     vocab, world = vocabulary(cfg), cluster.gpus
     stages = memory.by_stage(cfg, vocab, world)
     sent = [traffic.of_stage(cfg, vocab, world, m.stage) for m in stages]
-    flops = metrics.flops(cfg, vocab, [cfg.data.seq_len] * cfg.train.global_batch)
+    row = metrics.flops(cfg, vocab, [cfg.data.seq_len])
+    flops = metrics.Flops(**{part: cfg.train.global_batch * count for part, count in asdict(row).items()})
     return Plan(cfg, vocab, cluster, stages, sent, flops, traffic.bubble(cfg, world))
 
 
@@ -118,22 +127,35 @@ def _about(p: Plan) -> list[str]:
     cfg, t = p.cfg, p.cfg.train
     assumed = "" if cfg.model.vocab_size or cfg.data.random else " (assumed: model.vocab_size says it)"
     model = f"{sizes.whole(cfg, p.vocab) / 1e9:,.3f} B parameters, vocabulary {p.vocab:,}{assumed}"
+    model += ", embeddings tied" if cfg.model.tie_embeddings else ""
     world, gpu = p.cluster.gpus, p.cluster.gpu.name
     layout = f"tp {cfg.parallel.tp}, pp {cfg.parallel.pp}, dp {data_parallel(cfg, world)}, ZeRO {cfg.parallel.zero}"
     rows = f"{micro_batches(cfg, world)} micro-batches a rank of {t.micro_batch} x {cfg.data.seq_len:,} tokens"
     return [
-        f"{model}, {cfg.attention.kind.value} attention",
+        model,
+        _attention(p),
         f"{world:,} x {gpu}: {layout}, recomputation {cfg.parallel.recompute.value}",
         f"a step: {t.global_batch * cfg.data.seq_len:,} tokens in {rows}; {p.flops.total / 1e12:,.1f} model TFLOP",
     ]
 
 
+def _attention(p: Plan) -> str:
+    """What attention is planned, and what computes it on GPUs."""
+    backend, why = p.cfg.attention.backend.value, without(p.cfg)
+    return {
+        "full": "full attention, by torch's kernels",
+        "nsa": f"nsa attention, by its Triton kernels (backend={backend})",
+        "nsa without kernels": f"nsa attention by plain torch, without kernels (backend={backend}): {why}",
+    }[p.attention]
+
+
 def _speed(p: Plan) -> str:
     """The estimate, with what it assumes."""
-    reached = ", ".join(f"{part} {share:.0%}" for part, share in EFFICIENCY.items())
+    reached = ", ".join(f"{part} {100 * EFFICIENCY[part]:g}%" for part in ("linear", p.attention))
     assumed = f"assumes shares of the peak ({reached}), and that nothing that is sent hides behind work"
     waits = f"stages wait {p.bubble:.0%} of the time"
-    return f"estimate: {p.tokens_per_s:,.0f} tokens/s, MFU {p.mfu:.0%}; {waits}. It {assumed}."
+    slow = "" if p.cfg.train.precision is Precision.bf16 else ", as if in bf16"
+    return f"estimate{slow}: {p.tokens_per_s:,.0f} tokens/s, MFU {p.mfu:.0%}; {waits}. It {assumed}."
 
 
 def _shown(p: Plan) -> list[Memory]:
@@ -189,6 +211,7 @@ def record(p: Plan) -> dict[str, Any]:
         "model_flops": p.flops.total,
         "bubble": p.bubble,
         "estimate": {"step_s": p.step, "tokens_per_s": p.tokens_per_s, "mfu": p.mfu, "efficiency": EFFICIENCY},
+        "attention": p.attention,
         "kept_by_block": memory.kept_by_block(p.cfg),
         "stages": [
             {**asdict(m), "held": m.held, "peak": m.peak, "when": m.when, "needed_gib": p.needed(m)} for m in p.stages

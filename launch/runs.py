@@ -4,13 +4,15 @@ import itertools
 import json
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 import yaml
+from omegaconf import OmegaConf
 
 from configs.errors import CheckpointError
+from configs.schema import Config
 
 HEALTH = "sparsity/"  # begins sparsity/MEASURE/LAYER, the keys of lines about the sparsity of attention
 
@@ -88,7 +90,8 @@ PACE = {
 
 def pace(config: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
     """What the speed of a run depends on besides its model, attention and context, by names to show."""
-    options = {f"{part}.{key}": config.get(part, {}).get(key) for part, keys in PACE.items() for key in keys}
+    options = {f"{part}.{key}": config[part][key] for part, keys in PACE.items() for key in keys}
+    options["deterministic"] = config["deterministic"]
     return {"device": environment["device"], "processes": environment["world"], **options}
 
 
@@ -117,7 +120,14 @@ def read(path: Path) -> Measured:
         raise CheckpointError("run", path, why, "give directories that train.py has made") from e
     if not by_kind[0]:
         raise CheckpointError("run", path, "has no logged step yet", "wait for its first step")
-    return Measured(path.name, config, environment, *([found[k] for k in sorted(found)] for found in by_kind))
+    return Measured(path.name, _whole(config), environment, *([found[k] for k in sorted(found)] for found in by_kind))
+
+
+def _whole(config: dict[str, Any]) -> dict[str, Any]:
+    """For what the version that made a run had no option, the run did as that option's default says."""
+    parts = {part.name: OmegaConf.structured(part.type) for part in fields(Config) if is_dataclass(part.type)}
+    today = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), parts), enum_to_str=True)
+    return OmegaConf.to_container(OmegaConf.merge(today, config))
 
 
 def _lines(text: str) -> list[dict[str, Any]]:

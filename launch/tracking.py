@@ -10,6 +10,7 @@ import json
 import logging
 import netrc
 import os
+import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from configs.errors import PREEMPTED, RunError
+from configs.errors import PREEMPTED, ConfigError, RunError
 from configs.schema import Config, Kind, WandbMode
 
 PERIOD = 1.0  # seconds between two looks into metrics.jsonl
@@ -60,6 +61,15 @@ class ServerError(RunError):
     """W&B cannot be reached, or does not take what it is sent."""
 
     code = PREEMPTED
+
+
+def failure(error: Exception, where: str, fix: str) -> RunError:
+    """What W&B raised, as an error of a command: a key that is no key, or that the server refuses, will be refused
+    again, and so will a project that it does not know; anything else may go well another time, with this `fix`."""
+    if not re.search(r"returned error 40[134]\b|API key must", str(error)):  # W&B gives no other sign of which it is
+        return ServerError("W&B", where, reason(error), fix)
+    fix = "check the key (`wandb login --relogin`, or WANDB_API_KEY), and whose the project is (WANDB_ENTITY)"
+    return ConfigError("W&B", where, reason(error), fix)
 
 
 class Lines:

@@ -1,8 +1,8 @@
 """python -m launch.upload RUN...: send runs to W&B that were made without it, or while its server was away.
 
 What W&B has already is not sent again: the command can be repeated, also while a run goes on without W&B. RUN is a run
-directory, or one that holds several. Exit codes: 0; 64 for a bad option, or not logged in; 66 for what is no run; 75
-for a server that does not answer (try again).
+directory, or one that holds several. Exit codes: 0; 64 for a bad option, not logged in, or a key that the server
+refuses; 66 for what is no run; 75 for a server that does not answer (try again).
 """
 
 import sys
@@ -26,7 +26,7 @@ def upload(directory: Path, timeout: float) -> str:
         run.finish(exit_code=0)
     except Exception as e:  # W&B has many
         fix = "give the same command again: what has arrived is not sent twice"
-        raise tracking.ServerError("W&B", f"run {directory}", tracking.reason(e), fix) from e
+        raise tracking.failure(e, f"run {directory}", fix) from e
     return f"{directory}: {sent} lines sent, {had} were there: {where}"
 
 

@@ -9,7 +9,6 @@ from configs.schema import Attention
 from nsa.band import FAR, SHORT, SHORT_BAND, Band, beyond, branches, edges, lowest, shares_registers, tile_at
 from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, kind, locate, precision, stretches
 
-# By bytes of an element; those for 16 bits were timed on an H200.
 # By `tiles.kind`; timed on an H200 for 16 bits.
 QUERIES = {
     "narrow": Launch(64, 64, 4, 3), "middle": Launch(64, 64, 4, 3), "wide": Launch(64, 64, 4, 2),

@@ -22,10 +22,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from configs.schema import Attention
 from nsa.memory import CHUNK
-from nsa.pairs import Pairs
+from nsa.pairs import RUN, Pairs
 from nsa.tiles import LOG2E, Documents, locate
 
-RUN = 32  # pairs of a program of `attend`
 ROWS = 64  # (query, head) of a tile
 PANEL = 64  # channels side by side in shared memory: 128 bytes
 

@@ -18,7 +18,8 @@ class Shape:
     """Of the local heads of one layer in one micro-batch."""
 
     tokens: int
-    blocks: int  # compression blocks of all its documents
+    length: int  # of each of its documents
+    blocks: int  # compression blocks of all of them
     heads: int
     kv_heads: int
     qk_dim: int

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from nsa.score import NONE
 
+RUN = 32  # pairs of a program forward; backward has BACK_RUN
+
 
 @dataclass(frozen=True)
 class Pairs:

@@ -16,11 +16,10 @@ from torch import Tensor
 from configs.schema import Attention
 from nsa import hopper
 from nsa.memory import BACK_RUN, CHUNK
-from nsa.pairs import Pairs, sort
+from nsa.pairs import RUN, Pairs, sort
 from nsa.score import NONE
 from nsa.tiles import LOG2E, Documents, Launch, columns, halves, kind, locate, precision
 
-RUN = 32  # pairs of a run forward; backward has BACK_RUN
 FORWARD = Launch(64, 0, 4, 1)  # a tile's keys are one block
 BACKWARD = {  # by `tiles.kind`
     "narrow": Launch(128, 0, 4, 2), "middle": Launch(64, 0, 4, 2), "wide": Launch(32, 0, 4, 2),
@@ -152,7 +151,9 @@ def forward(
     pairs = sort(chosen, CHUNK, blocks)
     o_part = q.new_empty(size, groups, picks, g, width)
     lse_part = q.new_empty(o_part.shape[:-1], dtype=torch.float32)
-    how = hopper.attend if hopper.fits(q, v, slc) else attend
+    how = attend
+    if hopper.fits(q, v, slc):  # it reads whole rows: copied here, not again for each chunk
+        how, q, k, v = hopper.attend, q.contiguous(), k.contiguous(), v.contiguous()
     for c, first in enumerate(range(0, n, CHUNK)):
         count = min(CHUNK, n - first)
         how(q, k, v, o_part, lse_part, pairs, documents, sizes, c)

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, Optional
 
 from configs.errors import CheckpointError
-from configs.schema import Resume
+from configs.schema import Attention, Model, Resume
 from parallel.comm import agree, host_gather, together
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 
 VERSION = 4
 PIECES = "pieces"
+# By group, the options that make a model, of which an export names each.
+OPTIONS = {"model": set(Model.__annotations__) - {"name"}, "attention": set(Attention.__annotations__) - {"backend"}}
 
 
 def find(
@@ -81,18 +83,34 @@ def check_model(folder: Path, mesh: Mesh, state: dict[str, Any]) -> None:
     """
 
     def look() -> None:
-        try:
-            content = json.loads((folder / "config.json").read_text())
-            found = {f"{g}.{k}": v for g in ("model", "attention") for k, v in content[g].items()}
-            whole = mesh.rank != 0 or sha256(folder / "model.safetensors") == content["sha256"]
-        except (OSError, ValueError, KeyError, AttributeError) as e:
-            why = f"not readable ({type(e).__name__} {e})"
-            raise CheckpointError("model", folder, why, "give a directory that launch.export has made") from e
-        if not whole:
-            raise CheckpointError("model", folder, "model.safetensors does not match its hash", "export it again")
+        content = exported(folder, verify=mesh.rank == 0)
+        found = {f"{g}.{k}": v for g in OPTIONS for k, v in content[g].items()}
         _check_same(str(folder), {"identity": found}, state)
 
     together(look, mesh)
+
+
+def exported(folder: Path, verify: bool = True) -> dict[str, Any]:
+    """config.json of a model that launch.export wrote, and whose weights are whole, if they are to be verified.
+
+    Raises CheckpointError if it is damaged, or has not the options of this version. One from before there were tied
+    embeddings says so: it has none.
+    """
+    try:
+        content = json.loads((folder / "config.json").read_text())
+        content["model"].setdefault("tie_embeddings", False)
+        differ = {f"{g}.{k}" for g, names in OPTIONS.items() for k in names ^ set(content[g])}
+        differ |= {"seq_len", "sha256"} - set(content)
+        whole = differ or not verify or sha256(folder / "model.safetensors") == content["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        why = f"not readable ({type(e).__name__} {e})"
+        raise CheckpointError("model", folder, why, "give a directory that launch.export has made") from e
+    if differ:
+        why = f"config.json and this version differ in which options there are: {', '.join(sorted(differ))}"
+        raise CheckpointError("model", folder, why, "export it again, from its run and with this version")
+    if not whole:
+        raise CheckpointError("model", folder, "model.safetensors does not match its hash", "export it again")
+    return content
 
 
 def group(identity: dict[str, Any], name: str) -> dict[str, Any]:

@@ -306,6 +306,7 @@ def optimizer(module: torch.nn.Module, cfg: Optim, device: torch.device) -> torc
 
 def deepspeed_config(cfg: Config, mesh: Mesh) -> dict[str, Any]:
     """DeepSpeed's settings for a run. Each value that is not a size avoids a fault that was seen without it."""
+    leaves = ["Block"] if cfg.model.tie_embeddings else ["Block", "Head"]
     out: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": cfg.train.micro_batch,
         "gradient_accumulation_steps": micro_batches(cfg, mesh.world),
@@ -318,8 +319,9 @@ def deepspeed_config(cfg: Config, mesh: Mesh) -> dict[str, Any]:
             "reduce_bucket_size": 100_000_000,
             "allgather_bucket_size": 100_000_000,
             "stage3_param_persistence_threshold": 10_000,
-            # Gathered whole: what runs inside it can be compiled, as its parameters do not come and go there.
-            "leaf_module": {"classes": ["parallel.transformer.Block", "parallel.transformer.Head"]},
+            # Gathered whole: what runs inside it can be compiled, as its parameters do not come and go there. A tied
+            # head is none: gradients of a leaf are reduced when its own backward ends, before the embedding's is there.
+            "leaf_module": {"classes": [f"parallel.transformer.{name}" for name in leaves]},
         },
         # Partitioned stage boundaries are wrong under sequence parallelism, without an error.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},

@@ -6,7 +6,9 @@ of real blocks and with the tensors of a real engine: who changes a block change
 
 from dataclasses import dataclass
 
-import nsa.memory as sparse
+import nsa.memory as by_kernels
+import nsa.reference_memory as by_torch
+from configs.kernels import without
 from configs.schema import Config, Kind, Precision, Recompute, data_parallel, micro_batches
 from parallel.metrics import blocks
 from parallel.sizes import Stage, parameters, stages
@@ -64,6 +66,8 @@ def _memory(cfg: Config, vocab: int, world: int, stage: Stage) -> Memory:
         "backward": flight * sum(kept.values()) + _backward(cfg) + 2 * residual(cfg),
         "update": _update(cfg, counts, dp),
     }
+    if cfg.model.tie_embeddings and stage.first != stage.last:  # the other end's gradient, beside this one's
+        moments["tied weight"] = 4 * cfg.model.dim * vocab // cfg.parallel.tp
     if stage.last:
         logits = width(cfg) * tokens(cfg) * vocab // cfg.parallel.tp
         kept |= {"head": width(cfg) * tokens(cfg) * cfg.model.dim + norm(cfg, fused=False), "logits": logits}
@@ -98,15 +102,14 @@ def residual(cfg: Config) -> int:
 
 def _held(cfg: Config, count: int, dp: int) -> dict[str, int]:
     """Weights, gradients, optimizer and buffers of `count` parameters of a rank, by ZeRO stage."""
-    zero, w, optimizer = cfg.parallel.zero, width(cfg), 12 * count // dp
-    if zero == 1:  # gradients are summed in fp32, whole
-        return {"weights": w * count, "gradients": 4 * count, "optimizer": optimizer, "buffers": 0}
+    zero, w = cfg.parallel.zero, width(cfg)
+    in_place = zero == 1 and cfg.train.precision is Precision.bf16  # gradients are reduced where they are summed
     gathered = w * min(count, GATHERED) * (zero == 3 and dp > 1)
     return {
         "weights": w * count // (dp if zero == 3 else 1),
-        "gradients": 4 * count // dp,
-        "optimizer": optimizer,
-        "buffers": w * BUCKET + gathered,
+        "gradients": 4 * count // (1 if zero == 1 else dp),
+        "optimizer": 12 * count // dp,
+        "buffers": gathered + (0 if in_place else w * BUCKET),
     }
 
 
@@ -139,8 +142,8 @@ def _attention(cfg: Config) -> dict[str, int]:
     output = w * n * heads * m.v_dim
     out = {"norm of attention": norm(cfg, compiled(cfg)), "input of attention": w * n * m.dim}
     if cfg.attention.kind is Kind.nsa:
-        shape = nsa_shape(cfg)
-        out |= {f"NSA: {name}": size for name, size in sparse.kept(shape, cfg.attention).items()}
+        sparse = by_torch if without(cfg) else by_kernels
+        out |= {f"NSA: {name}": size for name, size in sparse.kept(nsa_shape(cfg), cfg.attention).items()}
         out["output of attention"] = output
     else:
         out["queries, keys, values"] = w * n * (heads * m.qk_dim + kv_heads * (m.qk_dim + m.v_dim))
@@ -155,11 +158,11 @@ def _mlp(cfg: Config) -> dict[str, int]:
     return {"norm of MLP": norm(cfg, compiled(cfg)), "input of MLP": w * n * m.dim, "MLP": inside}
 
 
-def nsa_shape(cfg: Config) -> sparse.Shape:
+def nsa_shape(cfg: Config) -> by_kernels.Shape:
     """Of a rank's heads in a micro-batch of rows that are one document each."""
-    m, a, tp, rows = cfg.model, cfg.attention, cfg.parallel.tp, cfg.train.micro_batch
-    compressed = rows * blocks(cfg.data.seq_len, a.l, a.d)
-    return sparse.Shape(tokens(cfg), compressed, m.heads // tp, m.kv_heads // tp, m.qk_dim, m.v_dim, width(cfg))
+    m, a, tp, n, length = cfg.model, cfg.attention, cfg.parallel.tp, tokens(cfg), cfg.data.seq_len
+    compressed = cfg.train.micro_batch * blocks(length, a.l, a.d)
+    return by_kernels.Shape(n, length, compressed, m.heads // tp, m.kv_heads // tp, m.qk_dim, m.v_dim, width(cfg))
 
 
 def _backward(cfg: Config) -> int:
@@ -167,7 +170,7 @@ def _backward(cfg: Config) -> int:
     m, tp, w, n = cfg.model, cfg.parallel.tp, width(cfg), tokens(cfg)
     mlp = 2 * w * n * m.mlp_dim // tp + 3 * w * m.dim * m.mlp_dim // tp  # also gradients of weights, until summed
     if cfg.attention.kind is Kind.nsa:
-        attention = sparse.backward(nsa_shape(cfg), cfg.attention)
+        attention = (by_torch if without(cfg) else by_kernels).backward(nsa_shape(cfg), cfg.attention)
     else:  # gradients of output, queries, keys and values; in fp32 sums of those of queries, and <do, o>
         heads = w * (m.heads * (m.qk_dim + m.v_dim) + m.kv_heads * (m.qk_dim + m.v_dim))
         attention = n * (heads + 4 * m.heads * (m.qk_dim + 1)) // tp

@@ -12,7 +12,7 @@ import yaml
 
 from configs.errors import ConfigError
 from data.loader import Loader
-from launch import baseline
+from launch import baseline, runs
 from parallel import mesh, metrics
 from tests import ranks, tiny
 from tests.test_compare import make_run
@@ -90,9 +90,7 @@ def test_a_twin_beside_the_run_is_found(corpus, tmp_path):
 def test_only_a_run_that_differs_in_nothing_else_is_a_twin(tmp_path):
     make_run(tmp_path / "twin", "full", 2000.0)
     cfg = tiny.config(run__dir=str(tmp_path / "run"))
-    text = (tmp_path / "twin" / "config.yaml").read_text()
-    config = {**yaml.safe_load(text), "parallel": {"tp": 1}}
-    (tmp_path / "twin" / "config.yaml").write_text(yaml.safe_dump(config))
+    config = runs.read(tmp_path / "twin").config
     here = {"device": "cpu", "world": 1, "data_fingerprint": "f"}
     found = baseline.beside(cfg, yaml.safe_dump(config), here)
     assert found == baseline.Baseline(2000.0, f"{tmp_path / 'twin'} on 1 x cpu")
@@ -103,25 +101,22 @@ def test_only_a_run_that_differs_in_nothing_else_is_a_twin(tmp_path):
 
 
 def test_run_twin_takes_only_full_attention_of_the_same_model_and_says_what_else_differs(tmp_path):
-    places = {name: make_run(tmp_path / name, name.split("-")[0], 2000.0) for name in ("full", "nsa")}
-    place = {name: Path(path) for name, path in places.items()}
-    text = (place["full"] / "config.yaml").read_text()
-    config = {**yaml.safe_load(text), "parallel": {"tp": 1}}
-    for path in place.values():
-        own = {**config, "attention": {"kind": path.name}}
-        (path / "config.yaml").write_text(yaml.safe_dump(own))
+    place = {kind: Path(make_run(tmp_path / kind, kind, 2000.0)) for kind in ("full", "nsa")}
+    config = runs.read(place["full"]).config
     here = {"device": "cpu", "world": 1, "data_fingerprint": "f"}
 
     def source(twin: str, here=here, **changes) -> str:
         return baseline.of_twin(str(tmp_path / twin), yaml.safe_dump({**config, **changes}), here).source
 
     assert source("full") == source("full", optim={"lr": 1.0}, seed=5) == f"{place['full']} on 1 x cpu"
-    words = source("full", here={**here, "world": 2}, parallel={"tp": 2})
+    words = source("full", here={**here, "world": 2}, parallel={**config["parallel"], "tp": 2})
     assert words == f"{place['full']} on 1 x cpu, unlike this run in processes 1 (here 2), parallel.tp 1 (here 2)"
+    assert source("full", deterministic=True).endswith("unlike this run in deterministic False (here True)")
+    other = {"data": {"seq_len": 2048}, "model": {**config["model"], "dim": 32}}
     refused = {
         "absent": ({}, "no measured twin there"),
         "nsa": ({}, "a run of sparse attention"),
-        "full": ({"data": {"seq_len": 2048}, "model": {"dim": 32}}, "of another model.dim, data.seq_len"),
+        "full": (other, "of another model.dim, data.seq_len"),
     }
     for twin, (changes, why) in refused.items():
         with pytest.raises(ConfigError, match=rf"run\.twin=.*{twin}: {why}.*twin=full"):

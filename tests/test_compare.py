@@ -67,13 +67,21 @@ def test_runs_of_one_name_are_told_apart_and_none_is_there_twice(tmp_path, capsy
     assert len([line for line in out.splitlines() if line.startswith("│ full ")]) == 1
 
 
-@pytest.mark.parametrize(("part", "key"), [("train", "micro_batch"), ("parallel", "tp"), ("parallel", "recompute")])
-def test_what_makes_a_run_faster_or_slower_has_to_be_alike_too(tmp_path, part, key):
+@pytest.mark.parametrize(("part", "key"), [("train", "micro_batch"), ("parallel", "recompute"), ("model", "init_std")])
+def test_what_has_to_be_alike_is_named(tmp_path, part, key):
     runs = [read(Path(make_run(tmp_path / kind, kind, 9.0))) for kind in ("nsa", "full")]
     assert compare.warnings(runs) == []
-    runs[0].config.setdefault(part, {})[key] = 7
+    runs[0].config[part][key] = 7
     assert compare.warnings(runs) == [
-        f"warning: nsa and full are not like with like: {part}.{key} differs (7, None)",
+        f"warning: nsa and full are not like with like: {part}.{key} differs (7, {runs[1].config[part][key]})",
+    ]
+
+
+def test_bits_that_repeat_cost_speed(tmp_path):
+    runs = [read(Path(make_run(tmp_path / kind, kind, 9.0))) for kind in ("nsa", "full")]
+    runs[1].config["deterministic"] = True
+    assert compare.warnings(runs) == [
+        "warning: nsa and full are not like with like: deterministic differs (False, True)",
     ]
 
 

@@ -7,7 +7,7 @@ from configs.rules import check
 from configs.schema import Backend, Branch, Compression, Kind, Precision, data_parallel, micro_batches
 from tests import tiny
 
-KERNELS = {"attention__backend": Backend.triton}
+KERNELS = {"attention__backend": Backend.triton, "model__qk_dim": 16, "model__v_dim": 16}  # a GPU takes no less
 BROKEN = [  # changes, processes, what the message must say
     (dict(model__layers=0), 1, ["model.layers=0", "at least 1"]),
     (dict(optim__lr=-1.0), 1, ["optim.lr=-1.0", "at least 0"]),

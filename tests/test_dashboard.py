@@ -66,7 +66,10 @@ def test_a_server_that_is_not_there_and_no_key_are_a_line(monkeypatch, tmp_path,
         for key, value in server.environment.items():
             monkeypatch.setenv(key, value)
         assert dashboard.main(["--entity", "me"]) == 75
+        server.status = 403
+        assert dashboard.main(["--entity", "me"]) == 64
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 3
+    assert len(errors) == 4
     assert "wandb.project=a/b" in errors[1]
     assert "project me/sparsetron" in errors[2]
+    assert "check the key" in errors[3]

@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from configs.errors import CheckpointError
 from configs.schema import Config
 from data import tokenizer
 from launch import export
+from parallel import checkpoint, mesh
 from parallel.engine import MicroBatch
 from tests import ranks, test_train, tiny
 from tests.test_checkpoint import VOCAB, build, saver, steps
@@ -96,23 +99,60 @@ def test_another_run_starts_from_it_on_another_layout(corpus, exported, tmp_path
     assert validation(run, 1) == pytest.approx(validation(exported / "run", 3), rel=1e-6)
 
 
-@pytest.mark.parametrize("how", ["a flipped bit", "another model", "no model", "exists"])
+def changed(exported: Path, folder: Path, **model) -> Path:
+    """A copy of an export whose config.json has other options of the model; None takes one away."""
+    shutil.copytree(exported / "model", folder)
+    content = json.loads((folder / "config.json").read_text())
+    both = {**content["model"], **model}
+    content["model"] = {k: v for k, v in both.items() if v is not None or k not in model}
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_one_from_before_there_were_tied_embeddings_is_not_tied(corpus, exported, tmp_path):
+    old = changed(exported, tmp_path / "model", tie_embeddings=None)
+    found, expected = (export.load(folder).state_dict() for folder in (old, exported / "model"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not torch.equal(found["0.tokens.weight"], found[f"{len(export.load(old)) - 1}.output.weight"])
+    _, state = checkpoint.newest(exported / "run")
+    ranks.run(2, lambda: checkpoint.check_model(old, mesh.build(1, 1), state))
+
+
+OTHER = [
+    ({"dim": None}, "model.dim"),
+    ({"colour": 1}, "model.colour"),
+    ({"tie_embeddings": True, "layers": 3}, "weights"),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), OTHER, ids=str)
+def test_options_of_another_version_are_one_line(exported, tmp_path, options, says):
+    with pytest.raises(CheckpointError) as e:
+        export.load(changed(exported, tmp_path / "model", **options))
+    assert says in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("how", ["a flipped bit", "another model", "tied", "another version", "no model", "exists"])
 def test_what_cannot_be_used_is_refused_in_one_line(corpus, exported, tmp_path, how, capsys):
     if how == "exists":
         assert export.main([str(exported / "run"), str(exported / "model")]) == 66
         assert "exists" in capsys.readouterr().err
         return
-    folder, options = tmp_path / "model", []
+    folder = tmp_path / "model"
     if how != "no model":
         shutil.copytree(exported / "model", folder)
     if how == "a flipped bit":
         data = bytearray((folder / "model.safetensors").read_bytes())
         data[-1] ^= 1
         (folder / "model.safetensors").write_bytes(data)
-    if how == "another model":
-        options = ["model.mlp_dim=64"]
+    if how == "another version":
+        folder = changed(exported, tmp_path / "newer", colour=1)
+    options = {"another model": ["model.mlp_dim=64"], "tied": ["model.tie_embeddings=true"]}.get(how, [])
     done = test_train.train(corpus, tmp_path / "run", f"train.start_from={folder}", *options, code=66)
     (line,) = test_train.errors(done)
     says = {"a flipped bit": "hash", "another model": "model.mlp_dim=96", "no model": "not readable"}
+    says |= {"tied": "model.tie_embeddings=False, this run has True", "another version": "model.colour"}
     assert says[how] in line
     assert not (tmp_path / "run").exists()

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.errors import ConfigError
 from configs.schema import Attention, Backend, Branch, Compression
-from nsa import Documents, NSACore, fused, nsa_attention, reference
+from nsa import Documents, NSACore, fused, hopper, nsa_attention, picked, reference
 from nsa.cases import CASES, Case, make_inputs
 from nsa.compress import block_linear
 from parallel.rope import Rope
@@ -207,6 +207,27 @@ def test_what_the_kernels_do_not_take_is_named(changes, reason):
     case = replace(SMALL, **changes)
     with pytest.raises(ValueError, match=reason):
         kernels.attend(case, make_inputs(case, torch.float32))
+
+
+@interpreted
+def test_the_copy_engine_gets_whole_rows_that_are_made_once(monkeypatch):
+    """In a run values lie among those of other branches, and a copy for each chunk would be all of them again."""
+    x, works, seen = make_inputs(SMALL, torch.float32), picked.attend, []
+    among = torch.stack([x["v_slc"]] * 2, 2)[:, :, 1]
+    assert not among.is_contiguous()
+
+    def attend(q, k, v, *args):
+        seen.append([t.data_ptr() for t in (q, k, v)])
+        assert all(t.is_contiguous() for t in (q, k, v))
+        works(q, k, v, *args)
+
+    monkeypatch.setattr(picked, "CHUNK", 16)
+    monkeypatch.setattr(hopper, "fits", lambda *_: True)
+    monkeypatch.setattr(hopper, "attend", attend)
+    kv = {"slc": (x["k_slc"], among), "win": (x["k_win"], x["v_win"])}
+    fused.nsa(x["q"], kv, x["k_cmp"], x["v_cmp"], x["gates"], SMALL.cu_seqlens, SMALL.sizes)
+    assert len(seen) > 1
+    assert all(one == seen[0] for one in seen)
 
 
 @interpreted

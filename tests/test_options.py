@@ -31,6 +31,7 @@ MISTAKES = [  # command, exit code, what the line must say
     ("launch.bench --row tiny --json .", 64, "--json .: not writable"),
     ("launch.supervise -n x", 64, "argument -n"),
     ("launch.supervise -n 1 --nodes 2 data.path=x", 64, "--head absent"),
+    ("launch.supervise -n 1 --nodes 2 --node 1 --head localhost:99999 data.path=x", 64, "--head localhost:99999"),
     ("launch.dashboard --project a/b --output view.json", 64, "wandb.project=a/b"),
     ("launch.export run", 64, "required: DIR"),
     ("launch.export EMPTY out", 64, "RUN: is empty"),

@@ -6,7 +6,7 @@ import pytest
 
 from configs.schema import Config, Recompute
 from data.loader import Loader
-from parallel import mesh
+from parallel import engine, mesh
 from parallel.comm import host_sum
 from parallel.engine import Engine
 from parallel.schedule import learning_rate
@@ -101,3 +101,35 @@ def test_micro_batches_only_cut_the_work(one_process):
     (out,) = ranks.run(1, train, tiny.change(cfg, train__micro_batch=4))
     for ours, theirs in zip(out, expected):
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def train_in_small_buckets(cfg: Config) -> list[tuple[float, float]]:
+    """`train`, where DeepSpeed sends gradients on their way several times a step, as it does those of a large model."""
+    real = engine.deepspeed_config
+
+    def small(*args):
+        out = real(*args)
+        out["zero_optimization"]["reduce_bucket_size"] = 20_000
+        return out
+
+    engine.deepspeed_config = small
+    return train(cfg, 3)
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (2, {"parallel__zero": 2}),
+        (2, {"parallel__zero": 3}),
+        (2, {"parallel__zero": 3, "model__tie_embeddings": True}),
+        rarely(4, {"parallel__zero": 3, "parallel__tp": 2, "parallel__sequence": True, "model__tie_embeddings": True}),
+    ],
+    ids=str,
+)
+def test_gradients_of_a_large_model(one_process, world, layout):
+    cfg = tiny.change(one_process[0], **layout)
+    alone = tiny.change(cfg, parallel=tiny.config().parallel)
+    (expected,) = ranks.run(1, train, alone, 3)
+    for out in ranks.run(world, train_in_small_buckets, cfg):
+        for ours, theirs in zip(out, expected):
+            assert ours == pytest.approx(theirs, rel=1e-5)

@@ -8,11 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from configs.schema import Config, Precision, Recompute, data_parallel
+from configs.schema import Backend, Config, Kind, Precision, Recompute, data_parallel
 from data.synthetic import RandomRows
-from parallel import memory
+from parallel import memory, tied
 from parallel.engine import Engine
-from parallel.mesh import build
+from parallel.mesh import Group, build
 from tests import ranks, tiny
 from tests.test_memory import storages
 
@@ -45,22 +45,41 @@ class Live(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def peak_of_a_step(cfg: Config, vocab: int) -> int:
-    """Bytes, of the second step of an engine, all that the engine holds included."""
+def follow_a_step(cfg: Config, vocab: int, live: Live) -> int:
+    """The second step of an engine. Returns the bytes that `live` does not see of what the engine holds."""
     place = build(cfg.parallel.tp, cfg.parallel.pp)
     t, targets = cfg.train, cfg.train.global_batch * cfg.data.seq_len
     rows = RandomRows(vocab, cfg.data.seq_len, t.global_batch, t.micro_batch, 0, place.dp.rank, place.dp.size)
     before = storages()
     engine = Engine(cfg, vocab, place)
     engine.train_step(rows.next_step(), targets, 1e-3)
-    held, live = storages() - before, Live()
+    held = storages() - before
     for x in gc.get_objects():
         if issubclass(type(x), torch.Tensor):
             live.follow(x)
     start = live.now
     with live:
         engine.train_step(rows.next_step(), targets, 1e-3)
-    return live.peak - start + held
+    return held - start
+
+
+def peak_of_a_step(cfg: Config, vocab: int) -> int:
+    """Bytes, all that the engine holds included."""
+    live = Live()
+    return follow_a_step(cfg, vocab, live) + live.peak
+
+
+def peak_of_an_exchange(cfg: Config, vocab: int) -> int:
+    """The same, while both ends of a pipeline add up the gradients of a tied weight."""
+    live, peaks, add = Live(), [], tied.add_the_others
+
+    def watched(x: torch.Tensor, stages: Group) -> None:
+        live.peak = live.now
+        add(x, stages)
+        peaks.append(live.peak)
+
+    tied.add_the_others = watched
+    return follow_a_step(cfg, vocab, live) + peaks[-1]
 
 
 LAYOUTS = [
@@ -73,6 +92,8 @@ LAYOUTS = [
     (2, 512, dict(parallel__tp=2)),
     (2, 512, dict(parallel__tp=2, parallel__sequence=True, parallel__recompute=Recompute.mlp)),
     (2, 16384, dict(parallel__pp=2, train__global_batch=4)),
+    (1, 512, dict(train__precision=Precision.fp32)),
+    (1, 512, dict(attention__kind=Kind.nsa)),  # in torch: there are no kernels
 ]
 
 
@@ -80,7 +101,7 @@ LAYOUTS = [
 def test_the_peak_of_a_step(world, vocab, changes):
     sizes = dict(model__dim=256, model__kv_heads=2, model__qk_dim=32, model__v_dim=32, model__mlp_dim=1024)
     run = dict(data__seq_len=1024, train__precision=Precision.bf16, train__global_batch=2, parallel__compile=False)
-    cfg = tiny.config("full", **{**sizes, **run, **changes})
+    cfg = tiny.config("full", attention__backend=Backend.torch, **{**sizes, **run, **changes})
     found = ranks.run(world, peak_of_a_step, cfg, vocab)
     stages = memory.by_stage(cfg, vocab, world)
     for rank, peak in enumerate(found):
@@ -93,6 +114,12 @@ def test_the_peak_of_a_step(world, vocab, changes):
         off, update = (0, 0) if torch.cuda.is_available() else (off, update)
         expected = m.held - memory.WORKSPACE + max(m.moments[m.when] + off, update)
         assert peak == pytest.approx(expected, rel=0.06), (rank, m.when)
+
+
+def test_the_exchange_of_a_tied_gradient():
+    cfg = tiny.config("full", parallel__pp=2, model__tie_embeddings=True, train__precision=Precision.bf16)
+    expected = [m.held - memory.WORKSPACE + m.moments["tied weight"] for m in memory.by_stage(cfg, 16384, 2)]
+    assert ranks.run(2, peak_of_an_exchange, cfg, 16384) == pytest.approx(expected, rel=0.03)
 
 
 def peak_of_a_gpu(cfg: Config, vocab: int) -> int:

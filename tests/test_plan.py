@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from configs.kernels import without
 from configs.schema import Backend, Precision, Recompute
 from data.synthetic import RandomRows
 from launch import plan
@@ -24,8 +25,8 @@ RUNS = [
     ("experiment=bench_1b attention=nsa model.kv_heads=2 data.seq_len=65536 train.global_batch=1", 1),
     ("model=160m data.path=/nowhere train.micro_batch=1", 2),
     ("model=8b data=long parallel.recompute=full parallel.tp=4 parallel.pp=4 train.micro_batch=1", 64),
-    (  # 0.9 T parameters
-        "model=8b model.layers=128 model.dim=25600 model.heads=160 model.kv_heads=16 model.qk_dim=160 model.v_dim=160 "
+    (  # 1.0 T parameters
+        "model=8b model.layers=128 model.dim=25600 model.heads=256 model.kv_heads=16 model.qk_dim=192 model.v_dim=128 "
         "model.mlp_dim=68000 data.seq_len=8192 train.global_batch=2048 train.micro_batch=1 parallel.tp=16 "
         "parallel.pp=16 parallel.sequence=true parallel.recompute=full",
         16384,
@@ -57,11 +58,65 @@ def test_a_larger_cluster_has_less_on_each_gpu():
     assert peaks[0] - peaks[1] == pytest.approx(12 * sizes.whole(cfg, 50304) * (1 / 8 - 1 / 64), rel=0.01)
 
 
+def test_a_tied_weight_is_once_in_the_model_and_on_both_ends_of_a_pipeline(capsys):
+    line, world, matrix = "model=8b train.micro_batch=1 model.vocab_size=65536".split(), 8, 4096 * 65536
+    cut = ["parallel.pp=4", "parallel.tp=2"]
+    untied, one, four = (
+        plan.plan(plan.read([*line, *more], world), Cluster(world, GPUS["h200"]))
+        for more in ([], ["model.tie_embeddings=true"], ["model.tie_embeddings=true", *cut])
+    )
+    totals = [sizes.whole(p.cfg, p.vocab) for p in (untied, one, four)]
+    assert totals == [totals[0], totals[0] - matrix, totals[0] - matrix]
+    assert untied.flops == one.flops == four.flops, "the product with the head is made in any case"
+    assert sum(one.stages[0].parameters.values()) == totals[1]
+    ends = [s.parameters["embedding"] + s.parameters["head"] for s in four.stages]
+    assert ends == [matrix // 2, 0, 0, matrix // 2]
+    assert [s.moments.get("tied weight") for s in four.stages] == [2 * matrix, None, None, 2 * matrix]
+    assert [sum(t.bytes for t in sent if t.kind == "tied weight") for sent in four.sent] == [
+        2 * matrix,
+        0,
+        0,
+        2 * matrix,
+    ]
+    assert "tied weight" not in {t.kind for t in one.sent[0]}
+    assert plan.main([*line, *cut, "model.tie_embeddings=true", "--gpus", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "embeddings tied" in said
+    assert "tied weight" in said
+
+
+BACKENDS = [
+    ("attention=full", "full attention, by torch's kernels"),
+    ("attention.backend=auto", "by its Triton kernels (backend=auto)"),
+    ("attention.backend=torch", "by plain torch, without kernels (backend=torch): as asked for"),
+    ("model.qk_dim=80 model.v_dim=72", "by plain torch, without kernels (backend=auto): the value width is 72"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "says"), BACKENDS)
+def test_it_plans_for_what_computes_attention_on_gpus(overrides, says, tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    line = f"model=1b data.seq_len=8192 train.micro_batch=1 --json {file}".split()
+    assert plan.main([*line, *overrides.split()]) == 0
+    assert says in " ".join(capsys.readouterr().out.split())
+    planned = json.loads(file.read_text())
+    kernels = "NSA: chosen blocks" in planned["kept_by_block"]
+    assert planned["attention"] == ("full" if "full" in says else "nsa" if kernels else "nsa without kernels")
+    assert kernels == ("Triton" in says)
+    assert (planned["estimate"]["tokens_per_s"] < 20_000) == ("plain torch" in says)
+
+
+@pytest.mark.parametrize("model", ["160m", "1b", "8b", "paper"])
+def test_models_for_gpus_have_sizes_that_the_kernels_take(model):
+    assert without(plan.read([f"model={model}"], 1)) is None
+
+
 REFUSED = [
     ("model=8b data.seq_len=65536 train.micro_batch=2 parallel.tp=2 --gpus 8", "parallel.recompute=full", ", or "),
     ("model=8b data.seq_len=16384 train.micro_batch=1 --gpus 1", "parallel.recompute=full", "too much"),
     ("model=8b data.seq_len=65536 train.micro_batch=2 parallel.tp=2 --gpus 8 --gpu h100", "recompute=full", " and "),
-    ("experiment=bench_1b data.seq_len=1048576 train.global_batch=1", "data.seq_len=65536", "GiB, not enough alone)"),
+    ("experiment=bench_1b data.seq_len=1048576 train.global_batch=1", "data.seq_len=524288 and", "recompute=full ("),
+    ("model=8b model.layers=1000 --gpus 8 train.micro_batch=1", "recompute=full and parallel.", "still too much"),
     ("model=160m data.seq_len=8192 train.micro_batch=16 --gpu l4", "train.micro_batch=4", "parallel.recompute=full"),
 ]  # fmt: skip
 
@@ -100,6 +155,7 @@ MISTAKES = [
     ("parallel.tp=2 --gpus 3", "3 processes"),
     ("parallel.zero=0", "parallel.zero=0"),
     ("model.vocab_size=1001 model.kv_heads=2 parallel.tp=2 --gpus 2", "model.vocab_size=1001"),
+    ("--gpus 99999999999", "train.global_batch=16"),
     ("--json /dev/null/plan.json", "--json /dev/null/plan.json"),
 ]
 

@@ -42,3 +42,11 @@ def test_find(tmp_path):
     for path in ("empty", "absent"):
         with pytest.raises(CheckpointError):
             runs.find(str(tmp_path / path))
+
+
+def test_an_option_that_an_older_version_did_not_have_is_as_by_default(tmp_path):
+    make_run(tmp_path / "a", "nsa", 1.0)
+    config = runs.read(tmp_path / "a").config
+    assert config["model"]["dim"] == 64
+    assert config["model"]["tie_embeddings"] is config["deterministic"] is False
+    assert config["parallel"]["recompute"] == "none"

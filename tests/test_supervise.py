@@ -141,6 +141,17 @@ def test_ranks_under_torchrun_are_asked_past_it_and_met_at_another_place_each_ti
     assert ports[0] != ports[1]
 
 
+def test_a_signal_to_torchrun_itself_is_no_traceback(start, tmp_path):
+    process = start("wait", "-n", "2")
+    for rank in range(2):
+        wait_for(tmp_path / f"waits{rank}")
+    (torchrun,) = psutil.Process(process.pid).children()
+    torchrun.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_with_the_supervisor_killed_nothing_is_left(start, tmp_path, processes):
     process = start("wait", "-n", str(processes))

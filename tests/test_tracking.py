@@ -251,6 +251,27 @@ def test_upload_says_in_a_line_what_is_wrong(tmp_path, monkeypatch, capfd):
     assert "same command again" in errors[2]
 
 
+REFUSALS = [(401, KEY, 64), (403, KEY, 64), (404, KEY, 64), (200, "short", 64), (500, KEY, 75)]
+
+
+@pytest.mark.parametrize(("status", "key", "code"), REFUSALS, ids=str)
+def test_only_what_may_go_well_another_time_is_to_be_tried_again(tmp_path, monkeypatch, capfd, status, key, code):
+    make_full_run(tmp_path / "run")
+    with serve() as server:
+        server.status = status
+        for name, value in {**server.environment, "WANDB_API_KEY": key}.items():
+            monkeypatch.setenv(name, value)
+        assert upload.main([str(tmp_path / "run"), "--timeout", "2"]) == code
+        (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert ("WANDB_API_KEY), and" in error) == (code == 64)
+        assert ("same command again" in error) == (code == 75)
+        wandb.teardown()  # as if in another process
+        server.status = 200
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        assert upload.main([str(tmp_path / "run")]) == 0
+    assert "21 lines sent, 0 were there" in capfd.readouterr().out
+
+
 def test_lines_of_a_file_that_grows(tmp_path):
     path = tmp_path / "m"
     path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
