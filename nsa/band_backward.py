@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from configs.schema import Attention
-from nsa.band import FAR, SHORT, SHORT_BAND, Band, beyond, branches, edges, lowest, shares_registers, tile_at
+from nsa.band import SHORT, branches, shares_registers
+from nsa.bands import FAR, SHORT_BAND, Band, beyond, edges, lowest, tile_at
 from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, kind, locate, precision, stretches
 
 # By `tiles.kind`; timed on an H200 for 16 bits.
