@@ -1,14 +1,8 @@
 """Attention to a band of keys: the compressed branch, the window, and the local part of the selection.
 
-Key j of a document is seen by the query at position t if `(t // A - N + 1) * A <= j < (t + 1 - L) // D + 1`: a key
-stands for L tokens, one for every D, that must all lie at or before t; and for those that go back no further than the
-N-th aligned run of A tokens, t's own included.
-
 A tile of rows holds neighbouring queries with all the heads of their group: they share keys, and a mask is needed only
 where the band ends. Softmax is in base 2 and fp32. Sums go in a fixed order, so that results repeat bit for bit.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from configs.schema import Attention, Branch
+from nsa import hopper_band
+from nsa.bands import FAR, SHORT_BAND, bands, beyond, edges, lowest, tile_at
 from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, kind, locate, precision
 
-FAR = tl.constexpr(1 << 30)
 NAMES = [b.value for b in Branch]
 
 # By `tiles.kind`; timed on an H200 for 16 bits.
@@ -27,46 +22,6 @@ FORWARD = {
     "fp32": Launch(64, 32, 4, 2),
 }  # fmt: skip
 SHORT = Launch(64, 32, 4, 3)  # for what `shares_registers`
-
-
-@dataclass(frozen=True)
-class Band:
-    """Which keys a query sees, in the module's letters."""
-
-    L: int = 1
-    D: int = 1
-    A: int = 1
-    N: int = FAR.value
-
-    @property
-    def keyed_by_block(self) -> bool:
-        """Keys are compression blocks, not tokens: they alone are seen back to the start of a document."""
-        return FAR.value == self.N
-
-    def run(self, group: int) -> int:
-        """Heads whose statistics lie side by side, token by token: [h / run, n, run]."""
-        return 1 if self.keyed_by_block else group
-
-
-def bands(sizes: Attention) -> dict[str, Band]:
-    """The band of each branch; of slc the local blocks."""
-    return {
-        "cmp": Band(L=sizes.l, D=sizes.d),
-        "slc": Band(A=sizes.l_slc, N=sizes.local),
-        "win": Band(N=min(sizes.w, FAR.value - 1)),
-    }
-
-
-@triton.jit
-def lowest(t, A: tl.constexpr, N: tl.constexpr):
-    """The first key that the query at t sees."""
-    return tl.maximum((t // A - (N - 1)) * A, 0)
-
-
-@triton.jit
-def beyond(t, L: tl.constexpr, D: tl.constexpr):
-    """The first key that it sees no more."""
-    return tl.maximum(t + 1 + D - L, 0) // D
 
 
 @triton.jit
@@ -104,29 +59,6 @@ def _attend(
 
 
 @triton.jit
-def tile_at(i, sinks, first, lefts, inner, BN: tl.constexpr):
-    """The first key of tile i, where tiles come from three places: the start, the band's left edge, and `inner` on."""
-    at = tl.where(i < sinks + lefts, first + (i - sinks) * BN, inner + (i - sinks - lefts) * BN)
-    return tl.where(i < sinks, i * BN, at)
-
-
-@triton.jit
-def edges(place, last, BN: tl.constexpr, L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr):
-    """Tiles of BN keys for queries [place, last]: the first key, tiles on the left that not all see, the first key
-    after them, tiles that all see, the first key after these, tiles on the right.
-
-    A short band is all edge: to start another loop takes longer than its masks do.
-    """
-    first, end = lowest(place, A, N), beyond(last, L, D)
-    left = tl.minimum(first + (lowest(last, A, N) - first + BN - 1) // BN * BN, end)
-    whole = tl.maximum((beyond(place, L, D) - left) // BN, 0)
-    if N * A <= 4 * BN:
-        whole = 0
-    inner = left + whole * BN
-    return first, (left - first + BN - 1) // BN, left, whole, inner, tl.maximum(end - inner + BN - 1, 0) // BN
-
-
-@triton.jit
 def _band(
     q, q2, k, k_rest, v, o, lse, base, k_at, v_at, start, place, length, n, heads, group, scale,
     G: tl.constexpr, GS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
@@ -138,12 +70,13 @@ def _band(
     t, head = place + row // G, group * G + row % G
     low, high = lowest(t, A, N), beyond(t, L, D)
     last = tl.minimum(place + BQ, length) - 1
-    first, lefts, left, whole, inner, rights = edges(place, last, BN, L, D, A, N)
-    sinks = (tl.minimum(lowest(last, A, N), SINK) + BN - 1) // BN
+    first, first_last, short = lowest(place, A, N), lowest(last, A, N), N * A <= SHORT_BAND * BN
+    lefts, left, whole, inner, rights = edges(first, first_last, beyond(place, L, D), beyond(last, L, D), short, BN)
+    sinks = (tl.minimum(first_last, SINK) + BN - 1) // BN
     acc = tl.zeros([BQ * G, F], tl.float32)
     total = tl.zeros([BQ * G], tl.float32)
     peak = total - float("inf")
-    if N * A > 4 * BN:
+    if not short:
         acc, total, peak = _attend(
             acc, total, peak, q, q2, k, k_rest, v, base, k_at, v_at, 0, left, 0, left, whole, low, high, low, scale,
             E, E2, F, BN, False, EXACT,
@@ -233,7 +166,11 @@ def forward(
         run = bands(sizes)[name].run(g)
         o, lse = q.new_empty(n, heads, v.shape[2]), q.new_empty(heads // run, n, run, dtype=torch.float32)
         out[name] = (o, lse) if len(k) else (o.zero_(), lse.fill_(torch.inf))
-    if not any(len(k) for k, _ in kv.values()):
+    kv = {name: pair for name, pair in kv.items() if len(pair[0])}
+    if not kv:
+        return out
+    if hopper_band.fits(q, value, g):
+        hopper_band.forward(q.contiguous(), kv, out, documents, sizes)
         return out
     bq, bn, (e1, e2) = how.queries(g), how.columns, halves(e)
     tensors, strides, there = branches(kv, bn, out)

@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from configs.schema import Attention
-from nsa.band import FAR, SHORT, Band, beyond, branches, edges, lowest, shares_registers, tile_at
+from nsa.band import SHORT, branches, shares_registers
+from nsa.bands import FAR, SHORT_BAND, Band, beyond, edges, lowest, tile_at
 from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, kind, locate, precision, stretches
 
 # By `tiles.kind`; timed on an H200 for 16 bits.
@@ -67,8 +68,10 @@ def _queries_band(
     drop = tl.load(delta + at, mask=there, other=0.0)
     low, high = lowest(t, A, N), beyond(t, L, D)
     last = tl.minimum(place + BQ, length) - 1
-    first, lefts, left, whole, inner, rights = edges(place, last, BN, L, D, A, N)
-    if N * A > 4 * BN:
+    first, short = lowest(place, A, N), N * A <= SHORT_BAND * BN
+    seen = first, lowest(last, A, N), beyond(place, L, D), beyond(last, L, D)
+    lefts, left, whole, inner, rights = edges(*seen, short, BN)
+    if not short:
         acc1, acc2 = _queries_step(
             acc1, acc2, q, q2, do, off, drop, k, k_rest, v, base, k_at, v_at, left, 0, left, whole, low, high, scale,
             E, E2, F, BN, False, EXACT,

@@ -9,6 +9,7 @@ from torch import Tensor, library
 from configs.kernels import INTERPRETED, misfit
 from configs.schema import Attention, Branch
 from nsa import band, band_backward, gates, picked, score, tiles
+from nsa.bands import bands
 from nsa.documents import Documents, check_blocks, check_documents
 from nsa.tiles import halves, rows
 
@@ -78,7 +79,7 @@ def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates_, cu_seqlens, starts, n
     out = []
     for name in NAMES:
         if name in branches:
-            run = band.bands(sizes)[name].run(heads // kv[name][0].shape[1])
+            run = bands(sizes)[name].run(heads // kv[name][0].shape[1])
             out += [torch.empty_like(o), q.new_empty(heads // run, n, run, dtype=torch.float32)]
         else:
             out += [q.new_empty(0), q.new_empty(0)]
@@ -108,7 +109,7 @@ def _nsa_backward(
     for name in branches:
         args = (q, *kv[name], do, *statistics[name])
         chosen = name == "slc" and sizes.n > sizes.local
-        dk, dv = band_backward.keys(*args, documents, band.bands(sizes)[name], torch.float32 if chosen else q.dtype)
+        dk, dv = band_backward.keys(*args, documents, bands(sizes)[name], torch.float32 if chosen else q.dtype)
         if chosen:
             picked.backward(*args, dq, dk, dv, saved[6], documents, sizes)
         grads[name] = dk.to(q.dtype), dv.to(q.dtype)

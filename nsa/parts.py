@@ -7,6 +7,7 @@ from torch import Tensor
 
 import nsa
 from nsa import band, band_backward, gates, picked, score, tiles
+from nsa.bands import bands
 from nsa.core import NSACore
 
 Calls = dict[str, Callable[[], object]]
@@ -28,7 +29,7 @@ def parts(core: NSACore, x: dict[str, Tensor], do: Tensor, documents: nsa.Docume
     compressed = compress()
     kv = {"cmp": tuple(t.detach() for t in compressed)}
     kv |= {name: (x[f"k_{name}"].detach(), x[f"v_{name}"].detach()) for name in ("slc", "win")}
-    bands, out = band.bands(a), band.forward(q, kv, found, a)
+    out = band.forward(q, kv, found, a)
     outputs, lses = {name: o for name, (o, _) in out.items()}, [lse for _, lse in out.values()]
     chosen = score.choose(q, kv["cmp"][0], out["cmp"][1], found, a)
     pick = (outputs, out["slc"][1], branch_gates, chosen, found, a)  # adds to outputs call after call, which hurts none
@@ -40,7 +41,7 @@ def parts(core: NSACore, x: dict[str, Tensor], do: Tensor, documents: nsa.Docume
 
     def keys(name: str) -> object:
         dtype = torch.float32 if name == "slc" else q.dtype
-        return band_backward.keys(q, *kv[name], do, *statistics[name], found, bands[name], dtype)
+        return band_backward.keys(q, *kv[name], do, *statistics[name], found, bands(a)[name], dtype)
 
     def some(name: str, values: dict) -> dict:
         return {name: values[name]}

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from configs.schema import Attention
-from nsa import hopper
+from nsa import hopper_picked
 from nsa.memory import BACK_RUN, CHUNK
 from nsa.pairs import RUN, Pairs, sort
 from nsa.score import NONE
@@ -152,8 +152,8 @@ def forward(
     o_part = q.new_empty(size, groups, picks, g, width)
     lse_part = q.new_empty(o_part.shape[:-1], dtype=torch.float32)
     how = attend
-    if hopper.fits(q, v, slc):  # it reads whole rows: copied here, not again for each chunk
-        how, q, k, v = hopper.attend, q.contiguous(), k.contiguous(), v.contiguous()
+    if hopper_picked.fits(q, v, slc):  # it reads whole rows: copied here, not again for each chunk
+        how, q, k, v = hopper_picked.attend, q.contiguous(), k.contiguous(), v.contiguous()
     for c, first in enumerate(range(0, n, CHUNK)):
         count = min(CHUNK, n - first)
         how(q, k, v, o_part, lse_part, pairs, documents, sizes, c)

@@ -21,7 +21,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from configs.schema import Attention, Branch
-from nsa import Documents, band, band_backward, hopper, pairs, tiles
+from nsa import Documents, band, band_backward, hopper_band, hopper_picked, pairs, tiles
+from nsa.bands import bands
 from nsa.cases import Case, make_inputs
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -77,14 +78,28 @@ def shared(code: str) -> list[str]:
     return sorted(kinds[""] & kinds[".tnspB"])
 
 
+def inner_loops(code: str) -> list[str]:
+    """The innermost loops in which products are, the shortest first: what waits lies elsewhere, and its way back looks
+    like a loop too."""
+    lines = code.splitlines()
+    at = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_\w+):", line))}
+    jumps = [(at.get(m[1], i), i) for i, line in enumerate(lines) if (m := re.search(r"BRA.*`\((\.L_\w+)\)", line))]
+    spans = [(i, j) for i, j in jumps if i < j and any("HGMMA" in line for line in lines[i:j])]
+    within = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
+    return ["\n".join(lines[i:j]) for i, j in sorted(within, key=lambda s: s[1] - s[0])]
+
+
+def packed(case: Case) -> tiles.Documents:
+    starts = Documents.of(case.cu_seqlens, torch.device("cpu")).blocks(32, 16).starts
+    return tiles.Documents.of(case.cu_seqlens, starts)
+
+
 def kernels(names: list[str], width: int) -> list[tuple[str, str]]:
     """Name and PTX of the kernels of these branches that read queries."""
     case = Case("any", (1100, 1, 33), 8, 2, width, width, Attention())
     x = {name: t.detach() for name, t in make_inputs(case, torch.bfloat16).items()}
-    starts = Documents.of(case.cu_seqlens, torch.device("cpu")).blocks(32, 16).starts
-    documents = tiles.Documents.of(case.cu_seqlens, starts)
-    kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in names}
-    runs = {name: band.bands(case.sizes)[name].run(4) for name in names}
+    documents, kv = packed(case), {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in names}
+    runs = {name: bands(case.sizes)[name].run(4) for name in names}
     statistics = {name: (torch.empty(8 // run, 1136, run),) * 2 for name, run in runs.items()}
     forward = compiled(lambda: band.forward(x["q"], kv, documents, case.sizes))
     return forward + compiled(lambda: band_backward.queries(x["q"], kv, x["q"], statistics, documents, case.sizes))
@@ -94,13 +109,21 @@ def chosen(qk: int, v: int) -> str:
     """Machine code of attention to the chosen blocks by the copy engine."""
     case = Case("any", (1100, 33), 32, 2, qk, v, Attention())
     x = {name: t.detach() for name, t in make_inputs(case, torch.bfloat16).items()}
-    documents = tiles.Documents.of(
-        case.cu_seqlens, Documents.of(case.cu_seqlens, torch.device("cpu")).blocks(32, 16).starts
-    )
+    documents = packed(case)
     sorted_pairs = pairs.sort(torch.zeros(1133, 2, 14, dtype=torch.int32), 8192, documents.tiles(64))
     o, lse = torch.empty(1133, 2, 14, 16, v, dtype=torch.bfloat16), torch.empty(1133, 2, 14, 16)
     q, k, v = x["q"], x["k_slc"], x["v_slc"]
-    ((_, ptx),) = compiled(lambda: hopper.attend(q, k, v, o, lse, sorted_pairs, documents, case.sizes, 0))
+    ((_, ptx),) = compiled(lambda: hopper_picked.attend(q, k, v, o, lse, sorted_pairs, documents, case.sizes, 0))
+    return sass(ptx)
+
+
+def near(qk: int, v: int) -> str:
+    """Machine code of attention to bands by the copy engine."""
+    case = Case("any", (1100, 33), 32, 2, qk, v, Attention())
+    x = {name: t.detach() for name, t in make_inputs(case, torch.bfloat16).items()}
+    kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in SETS[-1]}
+    out = {name: (torch.empty(1133, 32, v, dtype=torch.bfloat16), torch.empty(32, 1133)) for name in kv}
+    ((_, ptx),) = compiled(lambda: hopper_band.forward(x["q"], kv, out, packed(case), case.sizes))
     return sass(ptx)
 
 

@@ -39,6 +39,23 @@ print(sum(c.count("HGMMA") for c in codes), "products", file=sys.stderr)
     assert look("-c", report).stdout.strip() == f"{loads} {stores} {[0, 0, 0]}"
 
 
+def test_where_bands_are_multiplied_nothing_spills():
+    """Each of three warpgroups has a loop over tiles of keys: the products, an exponential a score and one a row."""
+    report = """
+import sys
+from triton.runtime import driver
+from tests import machine_code as m
+driver.set_active(m.Hopper())
+loops = [[c for c in m.inner_loops(m.near(*w)) if 'EX2' in c][:3] for w in ((64, 64), (128, 128), (192, 128))]
+for word in ("HGMMA", "MUFU.EX2", "STL", "LDL"):
+    print([[loop.count(word) for loop in found] for found in loops])
+print(sum(loop.count("HGMMA") for found in loops for loop in found), "products", file=sys.stderr)
+"""
+    products, exponentials, spills = [[8] * 3, [12] * 3, [16] * 3], [[34] * 3] * 3, [[0] * 3] * 3
+    expected = "\n".join(map(str, (products, exponentials, spills, spills)))
+    assert look("-c", report).stdout.strip() == expected
+
+
 def test_it_would_be_seen():
     without = "from nsa import band, band_backward as b; never = lambda *_: False; band.shares_registers = never; "
     without += "b.shares_registers = never; from tests import machine_code as m; m.SETS = [['slc'], ['win']]; m.main()"

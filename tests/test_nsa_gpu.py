@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import Attention, Backend, Branch, Compression
-from nsa import Documents, NSACore, fused, hopper, nsa_attention, picked, reference
+from nsa import Documents, NSACore, band, fused, hopper_band, hopper_picked, nsa_attention, picked, reference, tiles
 from nsa.cases import ABLATIONS, CASES, LARGE, WHOLE, Case, fitted, make_inputs
 from parallel.rope import Rope
 from tests import kernels, ranks, tiny
@@ -94,15 +94,48 @@ def test_chosen_blocks_by_the_copy_engine_are_the_same_to_the_bit(case, monkeypa
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs an H100 or H200")
     x, outputs, calls = make_inputs(case, BF16, "cuda"), [], []
-    for module in (hopper, picked):
+    for module in (hopper_picked, picked):
         works = module.attend
         monkeypatch.setattr(module, "attend", lambda *args, works=works: (calls.append(works.__module__), works(*args)))
         kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in ("slc", "win")}
         o = fused.nsa(x["q"], kv, x["k_cmp"], x["v_cmp"], x["gates"], case.cu_seqlens, case.sizes)
         outputs.append(o.detach())
-        monkeypatch.setattr(hopper, "fits", lambda *_: False)
-    assert calls == ["nsa.hopper", "nsa.picked"]
+        monkeypatch.setattr(hopper_picked, "fits", lambda *_: False)
+    assert calls == ["nsa.hopper_picked", "nsa.picked"]
     assert torch.equal(*outputs)
+
+
+BANDS = [
+    *(
+        Case(f"{width}, {heads} heads", (700, 1, 3, 40, 1500, 13), heads, groups, width, min(width, 128), Attention())
+        for width, heads, groups in ((64, 16, 2), (128, 64, 4), (192, 64, 1), (64, 64, 2))
+    ),
+    Case("other options", (31, 1, 2100), 32, 2, 128, 128, Attention(l=16, d=8, l_slc=32, w=100, local=1, initial=2)),
+    Case("short of a block", (20, 31), 16, 1, 64, 64, Attention()),
+]
+
+
+@pytest.mark.parametrize("case", BANDS, ids=lambda case: case.name)
+@pytest.mark.parametrize("names", [["cmp", "slc", "win"], ["slc"], ["cmp", "win"]], ids=str)
+def test_bands_by_the_copy_engine_are_the_same(case, names, monkeypatch):
+    """To a bit or two: where tiles begin, and with them where sums are rounded, differs. And twice to the bit."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs an H100 or H200")
+    x, sizes, worked = make_inputs(case, BF16, "cuda"), case.sizes, []
+    x = {name: t.detach() for name, t in x.items()}
+    cut = tiles.Documents.of(
+        case.cu_seqlens, Documents.of(case.cu_seqlens, x["q"].device).blocks(sizes.l, sizes.d).starts
+    )
+    kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in names}
+    works = hopper_band.forward
+    monkeypatch.setattr(hopper_band, "forward", lambda *args: (worked.append(len(args[1])), works(*args)))
+    torch.empty(2**28, device="cuda").fill_(float("nan"))  # what outputs are put into
+    ours, again = band.forward(x["q"], kv, cut, sizes), band.forward(x["q"], kv, cut, sizes)
+    assert worked == [sum(len(k) > 0 for k, _ in kv.values())] * 2
+    monkeypatch.setattr(hopper_band, "fits", lambda *_: False)
+    for name, pair in band.forward(x["q"], kv, cut, sizes).items():
+        assert all(map(torch.equal, ours[name], again[name])), name
+        torch.testing.assert_close(ours[name], pair, rtol=0.016, atol=2e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_no_output_depends_on_later_tokens():

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.errors import ConfigError
 from configs.schema import Attention, Backend, Branch, Compression
-from nsa import Documents, NSACore, fused, hopper, nsa_attention, picked, reference
+from nsa import Documents, NSACore, fused, hopper_picked, nsa_attention, picked, reference
 from nsa.cases import CASES, Case, make_inputs
 from nsa.compress import block_linear
 from parallel.rope import Rope
@@ -222,8 +222,8 @@ def test_the_copy_engine_gets_whole_rows_that_are_made_once(monkeypatch):
         works(q, k, v, *args)
 
     monkeypatch.setattr(picked, "CHUNK", 16)
-    monkeypatch.setattr(hopper, "fits", lambda *_: True)
-    monkeypatch.setattr(hopper, "attend", attend)
+    monkeypatch.setattr(hopper_picked, "fits", lambda *_: True)
+    monkeypatch.setattr(hopper_picked, "attend", attend)
     kv = {"slc": (x["k_slc"], among), "win": (x["k_win"], x["v_win"])}
     fused.nsa(x["q"], kv, x["k_cmp"], x["v_cmp"], x["gates"], SMALL.cu_seqlens, SMALL.sizes)
     assert len(seen) > 1

@@ -1,0 +1,385 @@
+"""Attention to a band of keys for GPUs with a copy engine and warpgroup products (sm_90), in Gluon.
+
+It does what `band.forward` does, for 16-bit heads of whole panels of 64 channels and groups of 8 to 64 heads. One warp
+keeps the next keys and values on their way; some warpgroups compute, each for queries of its own, so that one
+multiplies while another takes exponentials, and keys come to a multiprocessor once for all of them. A program stays
+and takes tile after tile.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from configs.schema import Attention, Branch
+from nsa.bands import SHORT_BAND, bands, beyond, edges, lowest, tile_at
+from nsa.tiles import LOG2E, Documents, halves, locate
+
+NAMES = [b.value for b in Branch]
+SHARED = 232_448  # bytes of shared memory that a program may have
+BARRIERS = 1_024  # of them kept for barriers, and for the start of a panel
+BN = gl.constexpr(64)  # keys of a tile
+ROWS = gl.constexpr(64)  # (query, head) of a warpgroup
+TEAMS = gl.constexpr(3)  # warpgroups that compute
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the kernel is compiled for."""
+
+    E: int  # channels of a key: the first
+    E2: int  # and the others
+    F: int  # channels of a value
+    G: int  # heads of a group
+    L: int
+    D: int
+    A: int  # tokens of a selection block
+    LOCAL: int
+    SINK: int  # first tokens that slc sees
+    W: int
+    THERE: int  # a bit for each branch that is there
+    BQ: int  # queries of a tile
+    STAGES: int  # tiles of keys and values on their way
+
+
+@gluon.jit
+def _place(item, tokens, documents, groups, tiles, C: gl.constexpr):
+    """(document, its first token, its length, the place in it, KV head) of a tile of queries: the longest first."""
+    document, start, length, place = locate(tiles - 1 - item // groups, tokens, documents, C.BQ)
+    return document, start, length, place, item % groups
+
+
+@gluon.jit
+def _low(t, branch, C: gl.constexpr):
+    """The first key that a query at t sees, in any branch."""
+    return gl.where(branch == 0, 0, gl.where(branch == 1, lowest(t, C.A, C.LOCAL), lowest(t, 1, C.W)))
+
+
+@gluon.jit
+def _high(t, branch, C: gl.constexpr):
+    """The first key that it sees no more."""
+    return gl.where(branch == 0, beyond(t, C.L, C.D), t + 1)
+
+
+@gluon.jit
+def _tiles(branch, place, length, C: gl.constexpr):
+    """The tiles of keys of a tile of queries, as `_key` takes them, and their number: at least one, seen or not."""
+    last = gl.minimum(place + C.BQ, length) - 1
+    low, low_last = _low(place, branch, C), _low(last, branch, C)
+    short = (branch == 1) & (C.A * C.LOCAL <= SHORT_BAND * BN) | (branch == 2) & (C.W <= SHORT_BAND * BN)
+    seen = low, low_last, _high(place, branch, C), _high(last, branch, C)
+    lefts, left, whole, inner, rights = edges(*seen, short, BN)
+    sinks = gl.where(branch == 1, (gl.minimum(low_last, C.SINK) + BN - 1) // BN, 0)
+    return (whole, left, sinks, low, lefts, inner), gl.maximum(whole + sinks + lefts + rights, 1)
+
+
+@gluon.jit
+def _key(i, tiles, C: gl.constexpr):
+    """The first key of a tile of keys."""
+    whole, left, sinks, low, lefts, inner = tiles
+    return gl.where(i < whole, left + i * BN, tile_at(i - whole, sinks, low, lefts, inner, BN))
+
+
+@gluon.jit
+def _load_band(
+    k, k_rest, v, k_at, k2_at, v_at, ready, empty, turn, branch, base, k_h, v_h, place, length, C: gl.constexpr
+):
+    """Loads a branch's keys of tile i together with its values of the tile before, which are multiplied then."""
+    tiles, count = _tiles(branch, place, length, C)
+    for i in range(count + 1):
+        slot = turn % C.STAGES
+        bar = ready.index(slot)
+        mbarrier.wait(empty.index(slot), turn // C.STAGES & 1 ^ 1)
+        if i == 0:
+            mbarrier.expect(bar, BN * (C.E + C.E2) * 2)
+        elif i == count:
+            mbarrier.expect(bar, BN * C.F * 2)
+        else:
+            mbarrier.expect(bar, BN * (C.E + C.E2 + C.F) * 2)
+        if i > 0:
+            tma.async_copy_global_to_shared(v, [base + _key(i - 1, tiles, C), v_h], bar, v_at.index(slot))
+        if i < count:
+            key = base + _key(i, tiles, C)
+            tma.async_copy_global_to_shared(k, [key, k_h], bar, k_at.index(slot))
+            if C.E2 > 0:
+                tma.async_copy_global_to_shared(k_rest, [key, k_h + C.E], bar, k2_at.index(slot))
+        turn += 1
+    return turn
+
+
+@gluon.jit
+def _load(q, q_rest, kv, strides, tokens, blocks, documents, heads, tiles, memory, bars, C: gl.constexpr):
+    """What the warp does that loads."""
+    k1, k1_rest, v1, k2, k2_rest, v2, k3, k3_rest, v3 = kv
+    k1_h, v1_h, k2_h, v2_h, k3_h, v3_h = strides
+    q_at, q2_at, k_at, k2_at, v_at, _ = memory
+    ready, empty, q_ready, q_empty = bars
+    groups = heads // C.G
+    EACH: gl.constexpr = ROWS // C.G
+    turn, item, done = 0, gl.program_id(0), 0
+    while item < tiles * groups:
+        document, start, length, place, group = _place(item, tokens, documents, groups, tiles, C)
+        if place < length:
+            mbarrier.wait(q_empty, done & 1 ^ 1)
+            mbarrier.expect(q_ready, TEAMS * ROWS * (C.E + C.E2) * 2)
+            for i in gl.static_range(gl.constexpr(C.BQ)):
+                row = (start + place + i) * heads + group * C.G
+                tma.async_copy_global_to_shared(q, [row, 0], q_ready, q_at.index(i // EACH).slice(i % EACH * C.G, C.G))
+                if C.E2 > 0:
+                    to = q2_at.index(i // EACH).slice(i % EACH * C.G, C.G)
+                    tma.async_copy_global_to_shared(q_rest, [row, C.E], q_ready, to)
+            done += 1
+            if C.THERE & 1:
+                turn = _load_band(
+                    k1, k1_rest, v1, k_at, k2_at, v_at, ready, empty, turn, 0, gl.load(blocks + document),
+                    group * k1_h, group * v1_h, place, length, C,
+                )  # fmt: skip
+            if C.THERE & 2:
+                turn = _load_band(
+                    k2, k2_rest, v2, k_at, k2_at, v_at, ready, empty, turn, 1, start, group * k2_h, group * v2_h,
+                    place, length, C,
+                )  # fmt: skip
+            if C.THERE & 4:
+                turn = _load_band(
+                    k3, k3_rest, v3, k_at, k2_at, v_at, ready, empty, turn, 2, start, group * k3_h, group * v3_h,
+                    place, length, C,
+                )  # fmt: skip
+        item += gl.num_programs(0)
+
+
+@gluon.jit
+def _free(bar):
+    """Tells the loading warp that a place in shared memory was read; all four warps must have done so."""
+    tl.debug_barrier()
+    mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
+def _scores(team: gl.constexpr, slot, s, memory, C: gl.constexpr):
+    """Starts s = q k^T."""
+    q_at, q2_at, k_at, k2_at = memory[:4]
+    s = warpgroup_mma(q_at.index(team), k_at.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
+    if C.E2 > 0:
+        s = warpgroup_mma(q2_at.index(team), k2_at.index(slot).permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _weigh(s, i, acc, peak, total, scale, low, high, sink, tiles, dtype: gl.constexpr, C: gl.constexpr):
+    """A step of online softmax: the weights of tile i, with acc and the statistics brought up to its maximum."""
+    whole, sinks = tiles[0], tiles[2]
+    outs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.F, 16])
+    if i >= whole:
+        column = _key(i, tiles, C) + gl.arange(0, BN, layout=gl.SliceLayout(0, s.type.layout))
+        at_start = i < whole + sinks
+        begin, end = gl.where(at_start, 0, low), gl.where(at_start, sink, high)
+        seen = (column[None, :] >= begin[:, None]) & (column[None, :] < end[:, None])
+        s = gl.where(seen, s, float("-inf"))
+    top = gl.maximum(peak, gl.max(s, 1) * scale)
+    ground = gl.where(top == float("-inf"), 0.0, top)
+    p = gl.exp2(s * scale - ground[:, None])
+    shrink = gl.exp2(peak - ground)
+    total = total * shrink + gl.sum(p, 1)
+    acc *= gl.convert_layout(shrink, gl.SliceLayout(1, outs))[:, None]
+    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, outs, 2)), acc, top, total
+
+
+@gluon.jit
+def _attend(team: gl.constexpr, branch, turn, place, length, scale, memory, bars, C: gl.constexpr):
+    """Softmax of a warpgroup's rows over one branch's keys: output, base-2 log-sum-exp (+inf without a key), turn."""
+    v_at = memory[4]
+    ready, empty = bars[0], bars[1]
+    F: gl.constexpr = C.F
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    outs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F, 16])
+    tiles, count = _tiles(branch, place, length, C)
+    t = place + team * (ROWS // C.G) + gl.arange(0, ROWS, layout=gl.SliceLayout(1, sums)) // C.G
+    low, high = _low(t, branch, C), _high(t, branch, C)
+    sink = gl.minimum(low, C.SINK)
+    acc = gl.zeros([ROWS, F], gl.float32, outs)
+    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, sums))
+    peak = total - float("inf")
+    slot = turn % C.STAGES
+    mbarrier.wait(ready.index(slot), turn // C.STAGES & 1)
+    s = _scores(team, slot, gl.zeros([ROWS, BN], gl.float32, sums), memory, C)
+    s = warpgroup_mma_wait(0, [s])
+    _free(empty.index(slot))
+    p, acc, peak, total = _weigh(s, 0, acc, peak, total, scale, low, high, sink, tiles, v_at.dtype, C)
+    for i in range(1, count):  # the values of a tile with the keys of the next: two products at once
+        slot = (turn + i) % C.STAGES
+        mbarrier.wait(ready.index(slot), (turn + i) // C.STAGES & 1)
+        acc = warpgroup_mma(p, v_at.index(slot), acc, is_async=True)
+        s = _scores(team, slot, s, memory, C)
+        s, acc = warpgroup_mma_wait(0, [s, acc])
+        _free(empty.index(slot))
+        p, acc, peak, total = _weigh(s, i, acc, peak, total, scale, low, high, sink, tiles, v_at.dtype, C)
+    turn += count
+    slot = turn % C.STAGES
+    mbarrier.wait(ready.index(slot), turn // C.STAGES & 1)
+    acc = warpgroup_mma(p, v_at.index(slot), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, [acc])
+    _free(empty.index(slot))
+    some = total > 0
+    total = gl.where(some, total, 1.0)
+    share = gl.where(some, 1.0 / total, 0.0)
+    acc *= gl.convert_layout(share, gl.SliceLayout(1, outs))[:, None]
+    return acc, gl.where(some, peak + gl.log2(total), float("inf")), turn + 1
+
+
+@gluon.jit
+def _store(
+    o, lse, log, team: gl.constexpr, o_at, start, place, length, n, heads, head, ends, GS: gl.constexpr, C: gl.constexpr
+):
+    """Starts storing what lies in o_at, nothing of it past the document's end; stores the statistics of GS heads side
+    by side."""
+    first = place + team * (ROWS // C.G)
+    for i in gl.static_range(ROWS // C.G):
+        row = gl.where(first + i < length, (start + first + i) * heads + head, ends)
+        tma.async_copy_shared_to_global(o, [row, 0], o_at.index(team).slice(i * C.G, C.G))
+    row = gl.arange(0, ROWS, layout=log.type.layout)
+    t, head = first + row // C.G, head + row % C.G
+    gl.store(lse + (head // GS * n + start + t) * GS + head % GS, log, mask=t < length)
+
+
+@gluon.jit
+def _compute(
+    team: gl.constexpr, outputs, tokens, blocks, documents, n, heads, tiles, ends, scale, memory, bars, C: gl.constexpr
+):
+    """What a warpgroup does. All branches go through the same code: three times as much is too much for its cache."""
+    o1, lse1, o2, lse2, o3, lse3 = outputs
+    o_at = memory[5]
+    q_ready, q_empty = bars[2], bars[3]
+    groups = heads // C.G
+    turn, item, done = 0, gl.program_id(0), 0
+    while item < tiles * groups:
+        _document, start, length, place, group = _place(item, tokens, documents, groups, tiles, C)
+        if place < length:
+            mbarrier.wait(q_ready, done & 1)
+            done += 1
+            head = group * C.G
+            for branch in range(3):
+                if C.THERE >> branch & 1:
+                    acc, log, turn = _attend(team, branch, turn, place, length, scale, memory, bars, C)
+                    tma.store_wait(0)
+                    tl.debug_barrier()
+                    o_at.index(team).store(acc.to(o_at.dtype))
+                    fence_async_shared()
+                    tl.debug_barrier()
+                    if branch == 0:
+                        _store(o1, lse1, log, team, o_at, start, place, length, n, heads, head, ends, 1, C)
+                    elif branch == 1:
+                        _store(o2, lse2, log, team, o_at, start, place, length, n, heads, head, ends, C.G, C)
+                    else:
+                        _store(o3, lse3, log, team, o_at, start, place, length, n, heads, head, ends, C.G, C)
+            _free(q_empty)
+        item += gl.num_programs(0)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["documents", "n", "tiles", "ends"])
+def _forward(
+    q, q_rest, k1, k1_rest, v1, o1, lse1, k2, k2_rest, v2, o2, lse2, k3, k3_rest, v3, o3, lse3,
+    k1_h, v1_h, k2_h, v2_h, k3_h, v3_h, tokens, blocks, documents, scale, n, heads, tiles, ends, C: gl.constexpr,
+):  # fmt: skip
+    """As `band._forward`, with q [n * h, dk] and o [n * h, dv] in boxes of the heads of one query and KV head."""
+    panels: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    STAGES: gl.constexpr = C.STAGES
+    E: gl.constexpr = C.E
+    E2: gl.constexpr = C.E2
+    F: gl.constexpr = C.F
+    q_at = gl.allocate_shared_memory(q.dtype, [TEAMS, ROWS, E], panels)
+    k_at = gl.allocate_shared_memory(q.dtype, [STAGES, BN, E], panels)
+    q2_at, k2_at = q_at, k_at
+    if E2 > 0:
+        q2_at = gl.allocate_shared_memory(q.dtype, [TEAMS, ROWS, E2], panels)
+        k2_at = gl.allocate_shared_memory(q.dtype, [STAGES, BN, E2], panels)
+    v_at = gl.allocate_shared_memory(q.dtype, [STAGES, BN, F], panels)
+    o_at = gl.allocate_shared_memory(q.dtype, [TEAMS, ROWS, F], panels)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    queries = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=TEAMS)
+    mbarrier.init(queries.index(0), count=1)
+    mbarrier.init(queries.index(1), count=TEAMS)
+    memory = (q_at, q2_at, k_at, k2_at, v_at, o_at)
+    bars = (ready, empty, queries.index(0), queries.index(1))
+    kv = (k1, k1_rest, v1, k2, k2_rest, v2, k3, k3_rest, v3)
+    strides = (k1_h, v1_h, k2_h, v2_h, k3_h, v3_h)
+    outputs = (o1, lse1, o2, lse2, o3, lse3)
+    gl.warp_specialize(
+        [
+            (_compute, (0, outputs, tokens, blocks, documents, n, heads, tiles, ends, scale, memory, bars, C)),
+            (_compute, (1, outputs, tokens, blocks, documents, n, heads, tiles, ends, scale, memory, bars, C)),
+            (_compute, (2, outputs, tokens, blocks, documents, n, heads, tiles, ends, scale, memory, bars, C)),
+            (_load, (q, q_rest, kv, strides, tokens, blocks, documents, heads, tiles, memory, bars, C)),
+        ],
+        [4, 4, 1],
+        [160, 160, 24],
+    )
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU; elsewhere, where kernels are only compiled, 1."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _boxes(x: Tensor, rows: int) -> list[TensorDescriptor]:
+    """What loads `rows` rows of x [rows, channels], for the `halves` of a head's channels."""
+    layout = gl.NVMMASharedLayout(128, 16, 2)
+    e, e2 = halves(x.shape[1])
+    return [TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, width], layout) for width in (e, e2 or e)]
+
+
+def _columns(x: Tensor, rows: int) -> list[TensorDescriptor]:
+    """As `tiles.columns`."""
+    n, heads, e = x.shape
+    layout, shape = gl.NVMMASharedLayout(128, 16, 2), [n, (heads - 1) * x.stride(1) + e]
+    e, e2 = halves(e)
+    return [TensorDescriptor(x, shape, [x.stride(0), 1], [rows, width], layout) for width in (e, e2 or e)]
+
+
+def fits(q: Tensor, v: Tensor, group: int) -> bool:
+    """Whether `forward` can have q [n, h, dk] and v [n, h_kv, dv] with so many heads to a KV head."""
+    if not (q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.element_size() == 2):
+        return False
+    e, f = q.shape[2], v.shape[2]
+    return e in (64, 128, 192) and f in (64, 128) and 8 <= group <= ROWS.value
+
+
+def forward(q: Tensor, kv: dict, out: dict, documents: Documents, sizes: Attention) -> None:
+    """As `band.forward`, into its `out`; q is contiguous, and kv has the branches that have keys."""
+    n, heads, e = q.shape
+    key, value = next(iter(kv.values()))
+    groups, f, (e1, e2), rows = key.shape[1], value.shape[2], halves(e), TEAMS.value * ROWS.value
+    g = heads // groups
+    bq, tiles = rows // g, documents.tiles(rows // g)
+    tensors, strides = [], []
+    for name in NAMES:
+        name = name if name in kv else next(iter(kv))
+        (k, v), (o, lse) = kv[name], out[name]
+        tensors += [*_columns(k, BN.value), _columns(v, BN.value)[0], _boxes(o.view(-1, f), g)[0], lse]
+        strides += [k.stride(1), v.stride(1)]
+    c = Sizes(
+        E=e1, E2=e2, F=f, G=g, L=sizes.l, D=sizes.d, A=sizes.l_slc, LOCAL=sizes.local,
+        SINK=sizes.initial * sizes.l_slc, W=bands(sizes)["win"].N,
+        THERE=sum(1 << i for i, name in enumerate(NAMES) if name in kv),
+        BQ=bq, STAGES=(SHARED - BARRIERS - rows * (e + f) * 2) // (BN.value * (e + f) * 2),
+    )  # fmt: skip
+    programs = min(_multiprocessors(q.device), tiles * groups)
+    _forward[(programs,)](
+        *_boxes(q.view(-1, e), g), *tensors, *strides, documents.tokens, documents.blocks, documents.count,
+        e**-0.5 * LOG2E, n, heads, tiles, n * heads, c, num_warps=4, maxnreg=128,
+    )  # fmt: skip
