@@ -232,19 +232,20 @@ def _backward_keys(
 
 def queries(
     q: Tensor, kv: dict[str, tuple[Tensor, Tensor]], do: Tensor, statistics: dict[str, tuple[Tensor, Tensor]],
-    documents: Documents, sizes: Attention,
-) -> Tensor:  # fmt: skip
-    """The gradient of q [n, h, dk] by all branches: of slc by the local blocks.
+    dq: Tensor, documents: Documents, sizes: Attention,
+) -> None:  # fmt: skip
+    """Puts into dq [n, h, dk] the gradient of q by all branches: of slc by the local blocks.
 
     do [n, h, dv] is the gradient of the gated output, statistics {branch: (shift, delta)} are from `gates.products`.
     """
     _, heads, e = q.shape
     if not any(len(k) for k, _ in kv.values()):
-        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+        dq.zero_()
+        return
     key, value = next(iter(kv.values()))
     g, how = heads // key.shape[1], QUERIES[kind(q, value)]
     how = SHORT if shares_registers(kv, how) else how
-    bq, bn, (e1, e2), dq = how.queries(g), how.columns, halves(e), q.new_empty(q.shape)
+    bq, bn, (e1, e2) = how.queries(g), how.columns, halves(e)
     tensors, strides, there = branches(kv, bn, statistics)
     _backward_queries[documents.tiles(bq), heads // g](
         *boxes(q, bq, g), boxes(do, bq, g)[0], dq, *tensors, documents.tokens, documents.blocks, documents.count,
@@ -252,7 +253,6 @@ def queries(
         G=g, E=e1, E2=e2, F=do.shape[2], **there, L=sizes.l, D=sizes.d, A=sizes.l_slc, LOCAL=sizes.local, W=sizes.w,
         BQ=bq, BN=bn, EXACT=precision(q), **how.options,
     )  # fmt: skip
-    return dq
 
 
 def _shape(q: Tensor, k: Tensor, v: Tensor, band: Band) -> dict[str, int]:
@@ -264,27 +264,35 @@ def _keys(documents: Documents, band: Band) -> Tensor:
     return documents.blocks if band.keyed_by_block else documents.tokens
 
 
-def keys(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor,
-    documents: Documents, band: Band, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of k and v in `dtype`. Arguments as in `queries`.
+def room(k: Tensor, v: Tensor, group: int, band: Band, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For the gradients of k [m, h_kv, dk] and v: [sums, m, h_kv, dk] and the same of v, one sum in `dtype`.
 
-    Where blocks are keys there are too few tiles of them to fill a device: each head of a group gets its own sum.
+    Where blocks are keys there are too few tiles of them to fill a device: each head of a group gets its own, in fp32.
     """
+    split = group // band.run(group)
+    dtype = torch.float32 if split > 1 else dtype
+    return k.new_empty(split, *k.shape, dtype=dtype), v.new_empty(split, *v.shape, dtype=dtype)
+
+
+def keys(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
+    documents: Documents, band: Band,
+) -> None:  # fmt: skip
+    """Puts the gradients of k and v into what `room` made. Arguments as in `queries`."""
     m, groups, e = k.shape
     if m == 0:
-        return torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
+        return
     shape, how = _shape(q, k, v, band), (BLOCKS if band.keyed_by_block else KEYS)[kind(q, v)]
     run = shift.shape[2]
-    split = shape["G"] // run
-    dk = k.new_empty(split, m, groups, e, dtype=torch.float32 if split > 1 else dtype)
-    dv = v.new_empty(split, m, groups, v.shape[2], dtype=dk.dtype)
     bq, bn = how.queries(run), how.columns
-    _backward_keys[m // bn + documents.count, groups * split](
+    _backward_keys[m // bn + documents.count, groups * len(dk)](
         *boxes(q, bq, run), *columns(k, bn), columns(v, bn)[0], boxes(do, bq, run)[0], stretches(shift, bq * run),
         stretches(delta, bq * run), dk, dv, documents.tokens, _keys(documents, band), documents.count,
         e**-0.5 * LOG2E, k.stride(1), v.stride(1), groups, shift.shape[1], dk.stride(0), **shape, GS=run, BQ=bq,
         BN=bn, **how.options,
     )  # fmt: skip
-    return (dk[0], dv[0]) if split == 1 else (dk.sum(0).to(dtype), dv.sum(0).to(dtype))
+
+
+def total(sums: Tensor) -> Tensor:
+    """Of what `keys` put there."""
+    return sums[0] if len(sums) == 1 else sums.sum(0)

@@ -10,6 +10,7 @@ from configs.kernels import INTERPRETED, misfit
 from configs.schema import Attention, Branch
 from nsa import band, band_backward, gates, picked, score, tiles
 from nsa.bands import bands
+from nsa.beside import Beside
 from nsa.documents import Documents, check_blocks, check_documents
 from nsa.tiles import halves, rows
 
@@ -104,15 +105,36 @@ def _nsa_backward(
     outputs, lses = [out[name][0] for name in branches], [out[name][1] for name in branches]
     dgates, shifts, deltas = gates.products(do, outputs, lses, gates_.contiguous())
     statistics = {name: (shifts[c], deltas[c]) for c, name in enumerate(branches)}
-    dq = band_backward.queries(q, {name: kv[name] for name in branches}, do, statistics, documents, sizes)
-    grads = {name: (q.new_empty(0), q.new_empty(0)) for name in NAMES}
+    dq, sums = q.new_empty(q.shape), {}
+    chosen = "slc" in branches and sizes.n > sizes.local
     for name in branches:
-        args = (q, *kv[name], do, *statistics[name])
-        chosen = name == "slc" and sizes.n > sizes.local
-        dk, dv = band_backward.keys(*args, documents, bands(sizes)[name], torch.float32 if chosen else q.dtype)
+        k, v = kv[name]
+        dtype = torch.float32 if chosen and name == "slc" else q.dtype
+        sums[name] = band_backward.room(k, v, q.shape[1] // k.shape[1], bands(sizes)[name], dtype)
+
+    def keys(name: str) -> None:
+        args = (q, *kv[name], do, *statistics[name], *sums[name])
+        band_backward.keys(*args, documents, bands(sizes)[name])
+
+    near, rest = Beside(q.device), Beside(q.device)
+    with near:
+        given = {name: kv[name] for name in branches}
+        band_backward.queries(q, given, do, statistics, dq, documents, sizes)
         if chosen:
-            picked.backward(*args, dq, dk, dv, saved[6], documents, sizes)
-        grads[name] = dk.to(q.dtype), dv.to(q.dtype)
+            keys("slc")
+    with rest:
+        for name in branches:
+            if name != "slc" or not chosen:
+                keys(name)
+    try:
+        if chosen:
+            dk, dv = sums["slc"]
+            args = (q, *kv["slc"], do, *statistics["slc"], dq, dk[0], dv[0], saved[6], documents, sizes)
+            picked.backward(*args, near)
+    finally:
+        rest.wait()  # for want of memory too: what is freed then is still written to
+    grads = {name: (q.new_empty(0), q.new_empty(0)) for name in NAMES}
+    grads |= {name: tuple(band_backward.total(x).to(q.dtype) for x in pair) for name, pair in sums.items()}
     return dq, *grads["cmp"], *grads["slc"], *grads["win"], dgates
 
 

@@ -58,7 +58,7 @@ def backward(s: Shape, a: Attention) -> int:
     both = s.qk_dim + s.v_dim
     keys = row * s.kv_heads * both * len(a.branches)
     split = 4 * s.blocks * s.heads * both * (Branch.cmp in a.branches)  # each head of a group has its own sum
-    return statistics + queries + keys + max(split, _chosen(s, a))
+    return statistics + queries + keys + split + _chosen(s, a)
 
 
 def _chosen(s: Shape, a: Attention) -> int:

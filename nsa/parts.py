@@ -8,6 +8,7 @@ from torch import Tensor
 import nsa
 from nsa import band, band_backward, gates, picked, score, tiles
 from nsa.bands import bands
+from nsa.beside import Beside
 from nsa.core import NSACore
 
 Calls = dict[str, Callable[[], object]]
@@ -36,15 +37,25 @@ def parts(core: NSACore, x: dict[str, Tensor], do: Tensor, documents: nsa.Docume
     picked.forward(q, *kv["slc"], *pick)
     _, *pairs = gates.products(do, list(outputs.values()), lses, branch_gates)
     statistics = dict(zip(kv, zip(*pairs)))
-    dq, sums = torch.zeros_like(q), [torch.zeros_like(t, dtype=torch.float32) for t in kv["slc"]]
+    dq, sums, group = torch.zeros_like(q), {}, q.shape[1] // kv["slc"][0].shape[1]
+    for name, pair in kv.items():
+        dtype = torch.float32 if name == "slc" else q.dtype
+        sums[name] = band_backward.room(*pair, group, bands(a)[name], dtype)
+    to_blocks = (dq, *(t[0].zero_() for t in sums["slc"]))
     leaves, back = [x["k_cmp"], x["v_cmp"], *core.parameters()], [torch.randn_like(t) for t in compressed]
 
-    def keys(name: str) -> object:
-        dtype = torch.float32 if name == "slc" else q.dtype
-        return band_backward.keys(q, *kv[name], do, *statistics[name], found, bands(a)[name], dtype)
+    def queries(names: list[str]) -> None:
+        given, found_for = ({name: values[name] for name in names} for values in (kv, statistics))
+        band_backward.queries(q, given, do, found_for, dq, found, a)
 
-    def some(name: str, values: dict) -> dict:
-        return {name: values[name]}
+    def chosen_blocks() -> None:
+        with Beside(q.device) as nothing:
+            pass
+        picked.backward(q, *kv["slc"], do, *statistics["slc"], *to_blocks, chosen, found, a, nothing)
+
+    def keys(name: str) -> list[Tensor]:
+        band_backward.keys(q, *kv[name], do, *statistics[name], *sums[name], found, bands(a)[name])
+        return [band_backward.total(t).to(q.dtype) for t in sums[name]]
 
     forward: Calls = {
         "compression": compress,
@@ -54,18 +65,18 @@ def parts(core: NSACore, x: dict[str, Tensor], do: Tensor, documents: nsa.Docume
     }
     backward: Calls = {
         "gates": lambda: gates.products(do, list(outputs.values()), lses, branch_gates),
-        "queries of compressed, near and window": lambda: band_backward.queries(q, kv, do, statistics, found, a),
+        "queries of compressed, near and window": lambda: queries(list(kv)),
         "keys of compressed": lambda: keys("cmp"),
         "keys of near": lambda: keys("slc"),
         "keys of window": lambda: keys("win"),
-        "chosen": lambda: picked.backward(q, *kv["slc"], do, *statistics["slc"], dq, *sums, chosen, found, a),
+        "chosen": chosen_blocks,
         "compression": lambda: torch.autograd.grad(compressed, leaves, back, retain_graph=True),
     }
     inside: Calls = {"sort": lambda: picked.sort(chosen, picked.CHUNK, found.tiles(a.l_slc))}
     for name, label in (("cmp", "compressed"), ("slc", "near"), ("win", "window")):
         inside |= {
-            f"{label} fwd": lambda n=name: band.forward(q, some(n, kv), found, a),
-            f"{label} queries": lambda n=name: band_backward.queries(q, some(n, kv), do, some(n, statistics), found, a),
+            f"{label} fwd": lambda n=name: band.forward(q, {n: kv[n]}, found, a),
+            f"{label} queries": lambda n=name: queries([n]),
         }
     return {"fwd": forward, "bwd": backward, "of these": inside}, _overlap(chosen, found.tiles(a.l_slc))
 

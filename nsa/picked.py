@@ -15,6 +15,7 @@ from torch import Tensor
 
 from configs.schema import Attention
 from nsa import hopper_picked
+from nsa.beside import Beside
 from nsa.memory import BACK_RUN, CHUNK
 from nsa.pairs import RUN, Pairs, sort
 from nsa.score import NONE
@@ -293,9 +294,9 @@ def differentiate(
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor,
-    dq: Tensor, dk: Tensor, dv: Tensor, chosen: Tensor, documents: Documents, sizes: Attention,
+    dq: Tensor, dk: Tensor, dv: Tensor, chosen: Tensor, documents: Documents, sizes: Attention, near: Beside,
 ) -> None:  # fmt: skip
-    """Adds to dq [n, h, dk] in its dtype, and to dk [n, h_kv, dk] and dv [n, h_kv, dv] in fp32.
+    """Adds to dq [n, h, dk] in its dtype, and to dk [n, h_kv, dk] and dv [n, h_kv, dv] in fp32, once `near` is done.
 
     do [n, h, dv] is the gradient of the gated output; shift and delta are the whole branch's of `gates.products`,
     chosen is from `score.choose`.
@@ -313,6 +314,7 @@ def backward(
     for c, first in enumerate(range(0, n, CHUNK)):
         count = min(CHUNK, n - first)
         differentiate(q, k, v, do, shift, delta, part, dk_part, dv_part, pairs, documents, c)
+        near.wait()
         _merge_queries[triton.cdiv(count, bt), groups](
             chosen, part, dq, first, n, groups, scale,
             PICKS=picks, NONE=NONE, G=g, E=e, W=triton.next_power_of_2(e), BT=bt, num_warps=4,

@@ -79,6 +79,35 @@ def test_bf16_stays_near_fp32(one_gpu, layout):
         assert [norm for _, norm in out[:STEPS]] == pytest.approx([norm for _, norm in exact[:STEPS]], rel=0.05)
 
 
+def fifty_losses(cfg: Config) -> torch.Tensor:
+    return torch.tensor([loss for loss, _ in train(cfg, 50)])
+
+
+@pytest.fixture(scope="module", params=["nsa", "full"])
+def band(request, corpus):
+    """Losses of 50 steps in bf16 on one GPU, where the sums over a batch are in other parts each time."""
+    sizes = {"model__qk_dim": 16, "model__v_dim": 16, "train__precision": Precision.bf16}
+    cfg = tiny.config(request.param, data__path=corpus, **sizes)
+    parts = (1, 2, 4)
+    return cfg, torch.stack(
+        [ranks.run(1, fifty_losses, tiny.change(cfg, train__micro_batch=n), timeout=300)[0] for n in parts]
+    )
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[2], *LAYOUTS[-3:]], ids=str)
+def test_fifty_steps_in_bf16_stay_in_the_band_of_one_gpu(band, layout):
+    """No further from its middle than twice its width at the widest, at any step."""
+    can_run(layout)
+    cfg, losses = band
+    middle, width = losses.mean(0), (losses.amax(0) - losses.amin(0)).max()
+    assert 0 < width < 0.01 * middle.min()
+    cfg = tiny.change(cfg, **{f"parallel__{k}": v for k, v in layout.items()})
+    for ours in ranks.run(2, fifty_losses, cfg, timeout=300):
+        off = (ours - middle).abs().max()
+        print(f"{cfg.attention.kind.value} {layout}: off by {off:.1e}, the band is {width:.1e} wide")
+        assert off <= 2 * width
+
+
 def saves_of_a_billion(cfg: Config) -> tuple[list[dict], list[dict]]:
     """Two saves each way of 1.15 B parameters, with training behind where it can be; what each took, its files."""
     place = mesh.build(1, 1)
