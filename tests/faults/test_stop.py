@@ -6,7 +6,6 @@ No step is lost that could be kept, and what goes on ends as the run that nothin
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import time
