@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.schema import Attention, Branch
 from nsa import hopper_band
-from nsa.bands import FAR, SHORT_BAND, bands, beyond, edges, lowest, tile_at
+from nsa.bands import FAR, SHORT_BAND, bands, beyond, edges, everything, lowest, tile_at
 from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, kind, locate, precision
 
 NAMES = [b.value for b in Branch]
@@ -62,15 +62,15 @@ def _attend(
 def _band(
     q, q2, k, k_rest, v, o, lse, base, k_at, v_at, start, place, length, n, heads, group, scale,
     G: tl.constexpr, GS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr, SINK: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr, ALL: tl.constexpr, SINK: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One branch of a tile of queries; they also see the first SINK keys, as far as these lie before the band."""
     row = tl.arange(0, BQ * G)
     t, head = place + row // G, group * G + row % G
-    low, high = lowest(t, A, N), beyond(t, L, D)
+    low, high = lowest(t, A, N, ALL), beyond(t, L, D)
     last = tl.minimum(place + BQ, length) - 1
-    first, first_last, short = lowest(place, A, N), lowest(last, A, N), N * A <= SHORT_BAND * BN
+    first, first_last, short = lowest(place, A, N, ALL), lowest(last, A, N, ALL), N * A <= SHORT_BAND * BN
     lefts, left, whole, inner, rights = edges(first, first_last, beyond(place, L, D), beyond(last, L, D), short, BN)
     sinks = (tl.minimum(first_last, SINK) + BN - 1) // BN
     acc = tl.zeros([BQ * G, F], tl.float32)
@@ -99,7 +99,8 @@ def _forward(
     tokens, blocks, documents, scale, k1_h, v1_h, k2_h, v2_h, k3_h, v3_h, n, heads,
     G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     CMP: tl.constexpr, SLC: tl.constexpr, WIN: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, LOCAL: tl.constexpr, SINK: tl.constexpr, W: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, LOCAL: tl.constexpr, ALL: tl.constexpr, SINK: tl.constexpr,
+    W: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """o [n, h, F] and log-sum-exp of each branch, of a tile of queries and one KV head."""
@@ -114,17 +115,17 @@ def _forward(
     if CMP:
         _band(
             q1, q2, k1, k1_rest, v1, o1, lse1, tl.load(blocks + document), group * k1_h, group * v1_h, start, place,
-            length, n, heads, group, scale, G, 1, E, E2, F, L, D, 1, FAR, 0, BQ, BN, EXACT,
+            length, n, heads, group, scale, G, 1, E, E2, F, L, D, 1, FAR, 0, 0, BQ, BN, EXACT,
         )  # fmt: skip
     if SLC:
         _band(
             q1, q2, k2, k2_rest, v2, o2, lse2, start, group * k2_h, group * v2_h, start, place, length, n, heads, group,
-            scale, G, G, E, E2, F, 1, 1, A, LOCAL, SINK, BQ, BN, EXACT,
+            scale, G, G, E, E2, F, 1, 1, A, LOCAL, ALL, SINK, BQ, BN, EXACT,
         )  # fmt: skip
     if WIN:
         _band(
             q1, q2, k3, k3_rest, v3, o3, lse3, start, group * k3_h, group * v3_h, start, place, length, n, heads, group,
-            scale, G, G, E, E2, F, 1, 1, 1, W, 0, BQ, BN, EXACT,
+            scale, G, G, E, E2, F, 1, 1, 1, W, 0, 0, BQ, BN, EXACT,
         )  # fmt: skip
 
 
@@ -177,6 +178,7 @@ def forward(
     _forward[documents.tiles(bq), heads // g](
         *boxes(q, bq, g), *tensors, documents.tokens, documents.blocks, documents.count, e**-0.5 * LOG2E, *strides,
         n, heads, G=g, E=e1, E2=e2, F=o.shape[2], **there, L=sizes.l, D=sizes.d, A=sizes.l_slc, LOCAL=sizes.local,
-        SINK=sizes.initial * sizes.l_slc, W=sizes.w, BQ=bq, BN=bn, EXACT=precision(q), **how.options,
+        ALL=everything(sizes), SINK=sizes.initial * sizes.l_slc, W=sizes.w, BQ=bq, BN=bn, EXACT=precision(q),
+        **how.options,
     )  # fmt: skip
     return out

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from configs.schema import Attention
 from nsa.band import SHORT, branches, shares_registers
-from nsa.bands import FAR, SHORT_BAND, Band, beyond, edges, lowest, tile_at
+from nsa.bands import FAR, SHORT_BAND, Band, beyond, edges, everything, lowest, tile_at
 from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, kind, locate, precision, stretches
 
 # By `tiles.kind`; timed on an H200 for 16 bits.
@@ -56,7 +56,7 @@ def _queries_step(
 def _queries_band(
     acc1, acc2, q, q2, do, shift, delta, k, k_rest, v, base, k_at, v_at, start, place, length, room, group, scale,
     G: tl.constexpr, GS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr, ALL: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Adds what one branch sends to a tile of queries."""
@@ -66,10 +66,10 @@ def _queries_band(
     at = (head // GS * room + start + t) * GS + head % GS
     off = tl.load(shift + at, mask=there, other=float("inf"))
     drop = tl.load(delta + at, mask=there, other=0.0)
-    low, high = lowest(t, A, N), beyond(t, L, D)
+    low, high = lowest(t, A, N, ALL), beyond(t, L, D)
     last = tl.minimum(place + BQ, length) - 1
-    first, short = lowest(place, A, N), N * A <= SHORT_BAND * BN
-    seen = first, lowest(last, A, N), beyond(place, L, D), beyond(last, L, D)
+    first, short = lowest(place, A, N, ALL), N * A <= SHORT_BAND * BN
+    seen = first, lowest(last, A, N, ALL), beyond(place, L, D), beyond(last, L, D)
     lefts, left, whole, inner, rights = edges(*seen, short, BN)
     if not short:
         acc1, acc2 = _queries_step(
@@ -89,7 +89,7 @@ def _backward_queries(
     k3, k3_rest, v3, shift3, delta3, tokens, blocks, documents, scale, k1_h, v1_h, k2_h, v2_h, k3_h, v3_h, room, heads,
     G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     CMP: tl.constexpr, SLC: tl.constexpr, WIN: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, LOCAL: tl.constexpr, W: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, LOCAL: tl.constexpr, ALL: tl.constexpr, W: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """dq [n, h, E + E2] of a tile of queries and one KV head, by all branches."""
@@ -106,17 +106,17 @@ def _backward_queries(
     if CMP:
         acc1, acc2 = _queries_band(
             acc1, acc2, q1, q2, g_out, shift1, delta1, k1, k1_rest, v1, tl.load(blocks + document), group * k1_h,
-            group * v1_h, start, place, length, room, group, scale, G, 1, E, E2, F, L, D, 1, FAR, BQ, BN, EXACT,
+            group * v1_h, start, place, length, room, group, scale, G, 1, E, E2, F, L, D, 1, FAR, 0, BQ, BN, EXACT,
         )  # fmt: skip
     if SLC:
         acc1, acc2 = _queries_band(
             acc1, acc2, q1, q2, g_out, shift2, delta2, k2, k2_rest, v2, start, group * k2_h, group * v2_h, start, place,
-            length, room, group, scale, G, G, E, E2, F, 1, 1, A, LOCAL, BQ, BN, EXACT,
+            length, room, group, scale, G, G, E, E2, F, 1, 1, A, LOCAL, ALL, BQ, BN, EXACT,
         )  # fmt: skip
     if WIN:
         acc1, acc2 = _queries_band(
             acc1, acc2, q1, q2, g_out, shift3, delta3, k3, k3_rest, v3, start, group * k3_h, group * v3_h, start, place,
-            length, room, group, scale, G, G, E, E2, F, 1, 1, 1, W, BQ, BN, EXACT,
+            length, room, group, scale, G, G, E, E2, F, 1, 1, 1, W, 0, BQ, BN, EXACT,
         )  # fmt: skip
     row = tl.arange(0, BQ * G)
     t, head = place + row // G, group * G + row % G
@@ -133,7 +133,7 @@ def _backward_queries(
 def _keys_step(
     dk, dk2, dv, k, k2, v, q, q_rest, do, shift, delta, at, origin, head, begin, end, limit, key, scale,
     GS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr, ALL: tl.constexpr,
     BQ: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Adds to the gradients of a tile of keys what the queries [begin, end) with GS heads each send them."""
@@ -158,7 +158,7 @@ def _keys_step(
         if MASK:
             t = i + row // GS
             high = tl.where(t < limit, beyond(t, L, D), 0)  # past the document's end are any rows, or none
-            seen = (key[:, None] >= lowest(t, A, N)[None, :]) & (key[:, None] < high[None, :])
+            seen = (key[:, None] >= lowest(t, A, N, ALL)[None, :]) & (key[:, None] < high[None, :])
             p = tl.where(seen, p, 0.0)
         g_out = do.load([origin + i, head, 0]).reshape(BQ * GS, F)
         # In this order no product has operands computed while another runs: the compiler would serialize both.
@@ -175,7 +175,7 @@ def _keys_step(
 def _backward_keys(
     q, q_rest, k, k_rest, v, do, shift, delta, dk, dv, tokens, keys, documents, scale, k_h, v_h, groups, room, part,
     G: tl.constexpr, GS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, N: tl.constexpr, ALL: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """dk [G // GS, m, h_kv, E + E2] and dv of a tile of keys, one KV head, and GS of its queries' heads."""
@@ -200,8 +200,9 @@ def _backward_keys(
     begin -= (start + begin) % 4  # `gates.products` says why; what lies before the document sees none of it
     left, inner = last * D + L - 1, length
     if N < FAR:
-        end = tl.minimum(length, (last // A + N) * A)
-        inner = tl.minimum(length, (place // A + N) * A)
+        early = tl.where(place < ALL, ALL, 0)
+        end = tl.minimum(length, tl.maximum((last // A + N) * A, early))
+        inner = tl.minimum(length, tl.maximum((place // A + N) * A, early))
     left = tl.minimum(begin + (left - begin + BQ - 1) // BQ * BQ, end)
     inner = tl.maximum(left, left + (inner - left) // BQ * BQ)
     head = group * G + split * GS
@@ -209,15 +210,15 @@ def _backward_keys(
     # Rows of keys past the last one hold what nobody stores.
     dk1, dk2, dv1 = _keys_step(
         dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, shift, delta, at, start, head, inner, end, end, key,
-        scale, GS, E, E2, F, L, D, A, N, BQ, True, EXACT,
+        scale, GS, E, E2, F, L, D, A, N, ALL, BQ, True, EXACT,
     )  # fmt: skip
     dk1, dk2, dv1 = _keys_step(
         dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, shift, delta, at, start, head, left, inner, end, key,
-        scale, GS, E, E2, F, L, D, A, N, BQ, False, EXACT,
+        scale, GS, E, E2, F, L, D, A, N, ALL, BQ, False, EXACT,
     )  # fmt: skip
     dk1, dk2, dv1 = _keys_step(
         dk1, dk2, dv1, k1, k2, v1, q, q_rest, do, shift, delta, at, start, head, begin, left, end, key,
-        scale, GS, E, E2, F, L, D, A, N, BQ, True, EXACT,
+        scale, GS, E, E2, F, L, D, A, N, ALL, BQ, True, EXACT,
     )  # fmt: skip
     there = (key < count)[:, None]
     at_k = (first + key).to(tl.int64) * groups + group
@@ -250,8 +251,8 @@ def queries(
     _backward_queries[documents.tiles(bq), heads // g](
         *boxes(q, bq, g), boxes(do, bq, g)[0], dq, *tensors, documents.tokens, documents.blocks, documents.count,
         e**-0.5 * LOG2E, *strides, next(iter(statistics.values()))[0].shape[1], heads,
-        G=g, E=e1, E2=e2, F=do.shape[2], **there, L=sizes.l, D=sizes.d, A=sizes.l_slc, LOCAL=sizes.local, W=sizes.w,
-        BQ=bq, BN=bn, EXACT=precision(q), **how.options,
+        G=g, E=e1, E2=e2, F=do.shape[2], **there, L=sizes.l, D=sizes.d, A=sizes.l_slc, LOCAL=sizes.local,
+        ALL=everything(sizes), W=sizes.w, BQ=bq, BN=bn, EXACT=precision(q), **how.options,
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 Key j of a document is seen by the query at position t if `(t // A - N + 1) * A <= j < (t + 1 - L) // D + 1`: a key
 stands for L tokens, one for every D, that must all lie at or before t; and for those that go back no further than the
-N-th aligned run of A tokens, t's own included.
+N-th aligned run of A tokens, t's own included. The first ALL tokens see whatever lies before them: selection, when
+there are no more blocks than it takes, takes all of them, and a band of so many is cheaper than choices.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Band:
     D: int = 1
     A: int = 1
     N: int = FAR.value
+    ALL: int = 0
 
     @property
     def keyed_by_block(self) -> bool:
@@ -35,19 +37,24 @@ class Band:
         return 1 if self.keyed_by_block else group
 
 
+def everything(sizes: Attention) -> int:
+    """First tokens of a document that see no more blocks than selection takes."""
+    return sizes.n * sizes.l_slc
+
+
 def bands(sizes: Attention) -> dict[str, Band]:
     """The band of each branch; of slc the local blocks."""
     return {
         "cmp": Band(L=sizes.l, D=sizes.d),
-        "slc": Band(A=sizes.l_slc, N=sizes.local),
+        "slc": Band(A=sizes.l_slc, N=sizes.local, ALL=everything(sizes)),
         "win": Band(N=min(sizes.w, FAR.value - 1)),
     }
 
 
 @triton.jit
-def lowest(t, A: tl.constexpr, N: tl.constexpr):
+def lowest(t, A: tl.constexpr, N: tl.constexpr, ALL: tl.constexpr):
     """The first key that the query at t sees."""
-    return tl.maximum((t // A - (N - 1)) * A, 0)
+    return tl.where(t < ALL, 0, tl.maximum((t // A - (N - 1)) * A, 0))
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from torch import Tensor, library
 from configs.kernels import INTERPRETED, misfit
 from configs.schema import Attention, Branch
 from nsa import band, band_backward, gates, picked, score, tiles
-from nsa.bands import bands
+from nsa.bands import bands, everything
 from nsa.beside import Beside
 from nsa.documents import Documents, check_blocks, check_documents
 from nsa.tiles import halves, rows
@@ -55,15 +55,27 @@ def _nsa(
     out = {name: (q.new_empty(0), q.new_empty(0)) for name in NAMES}
     out |= band.forward(q, {name: kv[name] for name in branches}, documents, sizes)
     outputs = {name: out[name][0] for name in branches}
-    if "slc" not in branches or sizes.n == sizes.local:
+    if not _chooses(branches, documents, sizes):
         o = gates.gated_sum(list(outputs.values()), gates_.contiguous())
-        return o, *out["cmp"], *out["slc"], *out["win"], q.new_empty(0)
+        return o, *out["cmp"], *out["slc"], *out["win"], _choices(q, kv, branches, sizes).fill_(score.NONE)
     k, lse = kv["cmp"][0] if "cmp" in branches else rows(k_cmp), out["cmp"][1]
     if "cmp" not in branches:  # blocks are only scored
         lse = band.forward(q, {"cmp": (k, k[..., : halves(k.shape[2])[0]])}, documents, sizes)["cmp"][1]
     chosen = score.choose(q, k, lse, documents, sizes)
     o = picked.forward(q, *kv["slc"], outputs, out["slc"][1], gates_.contiguous(), chosen, documents, sizes)
     return o, *out["cmp"], *out["slc"], *out["win"], chosen
+
+
+def _chooses(branches: list[str], documents: tiles.Documents, sizes: Attention) -> bool:
+    """Whether any query sees more blocks than the bands have."""
+    return "slc" in branches and sizes.n > sizes.local and documents.longest > everything(sizes)
+
+
+def _choices(q: Tensor, kv: dict[str, tuple[Tensor, Tensor]], branches: list[str], sizes: Attention) -> Tensor:
+    """Of the shape of `score.choose`, empty where that has nothing to choose."""
+    picks = sizes.n - sizes.local
+    shape = (len(q), kv["slc"][0].shape[1], picks) if "slc" in branches and picks else (0,)
+    return q.new_empty(shape, dtype=torch.int32)
 
 
 def _given(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win):
@@ -84,10 +96,7 @@ def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates_, cu_seqlens, starts, n
             out += [torch.empty_like(o), q.new_empty(heads // run, n, run, dtype=torch.float32)]
         else:
             out += [q.new_empty(0), q.new_empty(0)]
-    picks = sizes.n - sizes.local
-    if "slc" not in branches or not picks:
-        return o, *out, q.new_empty(0)
-    return o, *out, q.new_empty(n, kv["slc"][0].shape[1], picks, dtype=torch.int32)
+    return o, *out, _choices(q, kv, branches, sizes)
 
 
 @library.custom_op("sparsetron::nsa_backward", mutates_args=())
@@ -106,7 +115,7 @@ def _nsa_backward(
     dgates, shifts, deltas = gates.products(do, outputs, lses, gates_.contiguous())
     statistics = {name: (shifts[c], deltas[c]) for c, name in enumerate(branches)}
     dq, sums = q.new_empty(q.shape), {}
-    chosen = "slc" in branches and sizes.n > sizes.local
+    chosen = _chooses(branches, documents, sizes)
     for name in branches:
         k, v = kv[name]
         dtype = torch.float32 if chosen and name == "slc" else q.dtype

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from configs.schema import Attention, Branch
-from nsa.bands import SHORT_BAND, bands, beyond, edges, lowest, tile_at
+from nsa.bands import SHORT_BAND, bands, beyond, edges, everything, lowest, tile_at
 from nsa.tiles import LOG2E, Documents, halves, locate
 
 NAMES = [b.value for b in Branch]
@@ -46,6 +46,7 @@ class Sizes:
     D: int
     A: int  # tokens of a selection block
     LOCAL: int
+    ALL: int  # first tokens that slc sees whole
     SINK: int  # first tokens that slc sees
     W: int
     THERE: int  # a bit for each branch that is there
@@ -63,7 +64,7 @@ def _place(item, tokens, documents, groups, tiles, C: gl.constexpr):
 @gluon.jit
 def _low(t, branch, C: gl.constexpr):
     """The first key that a query at t sees, in any branch."""
-    return gl.where(branch == 0, 0, gl.where(branch == 1, lowest(t, C.A, C.LOCAL), lowest(t, 1, C.W)))
+    return gl.where(branch == 0, 0, gl.where(branch == 1, lowest(t, C.A, C.LOCAL, C.ALL), lowest(t, 1, C.W, 0)))
 
 
 @gluon.jit
@@ -373,7 +374,7 @@ def forward(q: Tensor, kv: dict, out: dict, documents: Documents, sizes: Attenti
         tensors += [*_columns(k, BN.value), _columns(v, BN.value)[0], _boxes(o.view(-1, f), g)[0], lse]
         strides += [k.stride(1), v.stride(1)]
     c = Sizes(
-        E=e1, E2=e2, F=f, G=g, L=sizes.l, D=sizes.d, A=sizes.l_slc, LOCAL=sizes.local,
+        E=e1, E2=e2, F=f, G=g, L=sizes.l, D=sizes.d, A=sizes.l_slc, LOCAL=sizes.local, ALL=everything(sizes),
         SINK=sizes.initial * sizes.l_slc, W=bands(sizes)["win"].N,
         THERE=sum(1 << i for i, name in enumerate(NAMES) if name in kv),
         BQ=bq, STAGES=(SHARED - BARRIERS - rows * (e + f) * 2) // (BN.value * (e + f) * 2),

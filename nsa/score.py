@@ -2,7 +2,8 @@
 
 Scores are summed over the heads of a group tile by tile, so that probabilities [.., T, T / d] are never in memory; the
 sums per selection block are, for some thousands of queries at a time. The blocks that are always near, `local` of them
-ending with the query's own, are attended to as a band: what is chosen here are the n - local others.
+ending with the query's own, are attended to as a band: what is chosen here are the n - local others. Nothing is chosen
+for queries that see no more blocks than n: their band has them all.
 """
 
 from bisect import bisect_right
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from configs.schema import Attention
+from nsa.bands import everything
 from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, precision
 
 SCORE = {2: Launch(64, 128, 4, 2), 4: Launch(64, 64, 8, 1)}  # by bytes of an element; rows are queries of one head
@@ -26,7 +28,8 @@ NONE = 2**31 - 1  # the key of no block, after all others in order
 def _score(
     q, q_rest, k, k_rest, lse, scores, tokens, blocks, documents, scale, first_tile, n, width, q_h, k_h,
     G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ALL: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """scores [tile, h_kv, BQ, width] of one tile of queries and BN // R - 1 selection blocks, for one KV head.
 
@@ -37,7 +40,8 @@ def _score(
     local, group = tl.program_id(1), tl.program_id(2)
     document, start, length, place = locate(first_tile + local, tokens, documents, BQ)
     first = tl.program_id(0) * (J - 1) - 1  # a block that only its neighbour hears of
-    if (place >= length) | ((first + 1) * R * D > tl.minimum(place + BQ, length) - 1):
+    last = tl.minimum(place + BQ, length) - 1
+    if (place >= length) | (last < ALL) | ((first + 1) * R * D > last):
         return
     t = place + tl.arange(0, BQ)
     there = t < length
@@ -99,7 +103,7 @@ def _rank(scores, block, initial, far):
 @triton.jit(do_not_specialize=["documents", "first_tile", "all_blocks"])
 def _choose(
     scores, keys, tokens, documents, first_tile, width, all_blocks,
-    SLC: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+    SLC: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, ALL: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
     BQ: tl.constexpr, BR: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """keys [n, h_kv, R]: the picks of BR queries for one KV head, each a KV head and a block of the pack in one.
@@ -113,7 +117,7 @@ def _choose(
     if place + skip >= length:
         return
     t = place + skip + tl.arange(0, BR)
-    far = tl.where(t < length, t // SLC - LOCAL + 1, 0)  # blocks before this one are to be chosen from
+    far = tl.where((t >= ALL) & (t < length), t // SLC - LOCAL + 1, 0)  # blocks before this one are to be chosen from
     at = scores + ((local * groups + group) * BQ + skip + tl.arange(0, BR)).to(tl.int64) * width
     COUNT: tl.constexpr = R - INITIAL
     if M == 1:
@@ -145,6 +149,7 @@ def choose(q: Tensor, k: Tensor, lse: Tensor, documents: Documents, sizes: Atten
 
     q [n, h, dk], compressed keys k [m, h_kv, dk], and the contiguous log-sum-exp [h, n, 1] of q over k. A key is
     KV head * blocks + block, where a document's block 0 is start // l_slc + document; NONE where a query has fewer.
+    Those among the first `everything` tokens of their document have none.
     """
     n = len(q)
     groups, picks = k.shape[1], sizes.n - sizes.local
@@ -181,8 +186,8 @@ def _launch_score(
     _score[triton.cdiv(width, bn // r - 1), count, groups](
         *columns(q, bq), *columns(k, bn), lse, scores, documents.tokens, documents.blocks, documents.count,
         q.shape[2] ** -0.5 * LOG2E, tile, len(q), width, q.stride(1), k.stride(1),
-        G=q.shape[1] // groups, E=e, E2=e2, L=sizes.l, D=sizes.d, R=r, BQ=bq, BN=bn,
-        EXACT=precision(q), **options,
+        G=q.shape[1] // groups, E=e, E2=e2, L=sizes.l, D=sizes.d, R=r, ALL=everything(sizes), BQ=bq,
+        BN=bn, EXACT=precision(q), **options,
     )  # fmt: skip
 
 
@@ -191,7 +196,7 @@ def _launch_choose(scores: Tensor, keys: Tensor, documents: Documents, sizes: At
     picks = keys.shape[2]
     _choose[count * (bq // CHOOSE.rows), groups](
         scores, keys, documents.tokens, documents.count, tile, width, documents.tiles(sizes.l_slc),
-        SLC=sizes.l_slc, INITIAL=sizes.initial, LOCAL=sizes.local,
+        SLC=sizes.l_slc, INITIAL=sizes.initial, LOCAL=sizes.local, ALL=everything(sizes),
         P=triton.next_power_of_2(max(1, picks - sizes.initial)), R=picks,
         BQ=bq, BR=CHOOSE.rows, W=triton.next_power_of_2(width), M=RUN if width > 256 else 1, **CHOOSE.options,
     )  # fmt: skip
