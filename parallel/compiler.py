@@ -8,8 +8,11 @@ import torch
 from configs.schema import Parallel
 
 
+def compiles(cfg: Parallel, device: torch.device) -> bool:
+    """Whether a run compiles; by default it does on a GPU."""
+    return cfg.compile if cfg.compile is not None else device.type == "cuda"
+
+
 def compiler(cfg: Parallel, device: torch.device, dynamic: Optional[bool] = False) -> Callable[[Any], Any]:
-    """torch.compile, or the identity where a run does not compile; by default it does on a GPU. `dynamic` is for what
-    sees new sizes in each step."""
-    wanted = cfg.compile if cfg.compile is not None else device.type == "cuda"
-    return (lambda f: torch.compile(f, dynamic=dynamic)) if wanted else (lambda f: f)
+    """torch.compile, or the identity where a run does not compile. `dynamic`: for what sees new sizes in each step."""
+    return (lambda f: torch.compile(f, dynamic=dynamic)) if compiles(cfg, device) else (lambda f: f)

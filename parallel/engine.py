@@ -18,7 +18,7 @@ from torch import Tensor
 from configs.schema import Config, Optim, Precision, micro_batches
 from nsa.documents import Documents, send
 from parallel import init, pieces, tied
-from parallel.compiler import compiler
+from parallel.compiler import compiler, compiles
 from parallel.guard import Guard
 from parallel.host import HostMemory
 from parallel.loss import CrossEntropy
@@ -322,6 +322,9 @@ def deepspeed_config(cfg: Config, mesh: Mesh) -> dict[str, Any]:
             # Gathered whole: what runs inside it can be compiled, as its parameters do not come and go there. A tied
             # head is none: gradients of a leaf are reduced when its own backward ends, before the embedding's is there.
             "leaf_module": {"classes": [f"parallel.transformer.{name}" for name in leaves]},
+            # Its own linear reads the number of a weight: torch 2.11 compiles each block anew for that, and those past
+            # the eighth not at all. Without compilation only that one lets go of gathered weights before backward.
+            "memory_efficient_linear": not compiles(cfg.parallel, mesh.device),
         },
         # Partitioned stage boundaries are wrong under sequence parallelism, without an error.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},

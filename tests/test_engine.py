@@ -1,5 +1,9 @@
 """The engine's choices. What it computes is compared in test_parity.py, what it saves in test_pieces.py."""
 
+from functools import partial
+from unittest import mock
+
+import pytest
 import torch
 
 from configs.schema import Config, Precision
@@ -8,6 +12,7 @@ from parallel.engine import deepspeed_config, optimizer
 from parallel.transformer import Transformer
 from tests import ranks, tiny
 from tests.test_checkpoint import VOCAB
+from tests.test_parity import train
 
 
 def groups(cfg: Config) -> list[list[str]]:
@@ -33,3 +38,25 @@ def test_bf16_accumulates_in_fp32():
     assert out["data_types"] == {"grad_accum_dtype": "fp32"}
     assert out["gradient_accumulation_steps"] == 1
     assert "bf16" not in deepspeed_config(tiny.config(), place)
+
+
+def graphs(cfg: Config) -> int:
+    """How many pieces of code were compiled in two steps; what they are compiled to does not matter."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+        train(cfg, 2)
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def check_blocks_share_what_is_compiled(corpus: str, zero: int) -> None:
+    """A block more is not one to compile more: past eight of one function torch compiles no other."""
+    cfg = tiny.config("full", data__path=corpus, parallel__zero=zero, parallel__compile=True)
+    few, many = (ranks.run(2, graphs, tiny.change(cfg, model__layers=n)) for n in (2, 5))
+    assert few == many
+    assert min(few) > 0
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_blocks_share_what_is_compiled(corpus, zero):
+    check_blocks_share_what_is_compiled(corpus, zero)

@@ -15,7 +15,7 @@ from nsa.cases import CASES, Case, make_inputs
 from parallel import mesh
 from parallel.engine import Engine
 from parallel.saver import Saver
-from tests import ranks, test_nsa_reference, test_train, tiny
+from tests import ranks, test_engine, test_nsa_reference, test_train, tiny
 from tests.test_parity import STEPS, train
 
 pytestmark = pytest.mark.gpu
@@ -83,8 +83,17 @@ def test_tied_embeddings(corpus):
                 assert ours == pytest.approx(theirs, rel=1e-4), f"rank {rank}, {layout}, step {step}"
 
 
-def train_each(cfgs: list[Config]) -> list[list[tuple[float, float]]]:
-    return [train(cfg) for cfg in cfgs]
+def train_each(cfgs: list[Config], steps: int = STEPS) -> list[list[tuple[float, float]]]:
+    out = []
+    for cfg in cfgs:
+        torch._dynamo.reset()  # it counts what was compiled for the others
+        out.append(train(cfg, steps))
+    return out
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_blocks_share_what_is_compiled(corpus, zero):
+    test_engine.check_blocks_share_what_is_compiled(corpus, zero)
 
 
 @pytest.mark.parametrize("layout", [{}, *LAYOUTS[1:5:2], LAYOUTS[4], LAYOUTS[-1]], ids=str)
@@ -99,7 +108,7 @@ def test_bf16_stays_near_fp32(one_gpu, layout):
 
 
 def fifty_losses(cfgs: list[Config]) -> list[torch.Tensor]:
-    return [torch.tensor([loss for loss, _ in train(cfg, 50)]) for cfg in cfgs]
+    return [torch.tensor([loss for loss, _ in steps]) for steps in train_each(cfgs, 50)]
 
 
 @pytest.mark.parametrize("attention", ["nsa", "full"])
