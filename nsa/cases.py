@@ -71,7 +71,7 @@ def fitted(case: Case) -> Case:
     return replace(case, qk_dim=48 if case.qk_dim > case.v_dim else 16, v_dim=16)
 
 
-PACKED = (1700, 1, 33, 517, 64)  # tokens of odd documents; the first sees more blocks than it takes
+PACKED = (2200, 1, 33, 517, 64)  # tokens of odd documents; the first sees more blocks than it takes
 WIDTHS = ((64, 64), (128, 128), (192, 128))
 GROUPS = (1, 2, 4, 8, 16)
 WHOLE = [

@@ -65,12 +65,12 @@ def test_two_processes_that_take_too_long_are_ended():
 
 
 def test_a_row_that_fails_is_told(monkeypatch, tmp_path, capsys):
-    broken = Row("tiny", 0, TINY.overrides.replace("model.kv_heads=2", "model.kv_heads=4"))
+    broken = Row("tiny", 0, TINY.overrides.replace("model.kv_heads=2", "model.kv_heads=3"))
     monkeypatch.setattr(bench, "ROWS", [broken])
     monkeypatch.setattr(bench, "planned", lambda row: 0.0)  # which would be refused as the run is
     assert bench.main(["--row", "tiny", "--no-twins", "--json", str(tmp_path / "b.json")]) == 70
     said = capsys.readouterr()
-    assert "model.heads=6" in said.out
+    assert "model.heads=8" in said.out
     assert "error: row tiny: gave no figures" in said.err
 
 

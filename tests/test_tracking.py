@@ -158,7 +158,9 @@ def test_a_disk_that_fills_up_under_what_it_keeps_costs_no_step_and_nothing_is_l
         )
         for line in started.stdout:
             if line.startswith("step     10/"):
+                end = time.monotonic() + 60
                 while not list(small_disk.glob("wandb/*/*.wandb")):  # a thread begins it
+                    assert time.monotonic() < end, "it was never begun"
                     time.sleep(0.01)
                 fill(small_disk)
             last = time.monotonic()
