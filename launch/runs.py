@@ -92,7 +92,8 @@ def pace(config: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
     """What the speed of a run depends on besides its model, attention and context, by names to show."""
     options = {f"{part}.{key}": config[part][key] for part, keys in PACE.items() for key in keys}
     options["deterministic"] = config["deterministic"]
-    return {"device": environment["device"], "processes": environment["world"], **options}
+    versions = {package: environment.get(package) for package in ("torch", "triton", "deepspeed")}
+    return {"device": environment["device"], "processes": environment["world"], **versions, **options}
 
 
 def find(directory: str) -> list[Path]:

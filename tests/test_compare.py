@@ -85,6 +85,14 @@ def test_bits_that_repeat_cost_speed(tmp_path):
     ]
 
 
+def test_another_triton_is_another_speed(tmp_path):
+    runs = [read(Path(make_run(tmp_path / kind, kind, 9.0))) for kind in ("nsa", "full")]
+    runs[1].environment["triton"] = "3.7.1"
+    assert compare.warnings(runs) == [
+        "warning: nsa and full are not like with like: triton differs (None, 3.7.1)",
+    ]
+
+
 def test_unlike_runs_are_said_to_be(tmp_path, capsys):
     nsa = make_run(tmp_path / "a", "nsa", 3000.0, device="H200", seed=1)
     full = make_run(tmp_path / "b", "full", 2000.0, device="H100")
