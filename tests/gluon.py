@@ -216,7 +216,8 @@ class Program:
         """What stands for the modules and functions that kernels import, by their names there."""
         language = SimpleNamespace(
             program_id=lambda axis: self.place[axis], num_programs=lambda axis: self.grid[axis],
-            warp_specialize=self.specialize, allocate_shared_memory=_allocate, load=load, store=store, arange=lambda a, b, layout=None: _arange(a, b),
+            warp_specialize=self.specialize, allocate_shared_memory=_allocate, load=load, store=store,
+            arange=lambda a, b, layout=None: _arange(a, b),
             zeros=lambda shape, dtype, layout=None: values(torch.zeros(shape, dtype=dtype)),
             convert_layout=lambda x, layout: x, expand_dims=lambda x, axis: x.unsqueeze(axis), static_range=range,
             where=_where, maximum=_either(max, torch.maximum), minimum=_either(min, torch.minimum),
