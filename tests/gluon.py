@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-PATIENCE = 20.0  # seconds until a wait is one for ever
+PATIENCE = 60.0  # seconds until a wait is one for ever
 
 
 class Values(Tensor):
