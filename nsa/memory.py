@@ -62,8 +62,8 @@ def backward(s: Shape, a: Attention) -> int:
 
 
 def _chosen(s: Shape, a: Attention) -> int:
-    """Of the gradients of chosen blocks: parts of a chunk of queries, sums in fp32, the pairs in order. Nothing where no
-    document has more blocks than selection takes."""
+    """Of the gradients of chosen blocks: parts of a chunk of queries, sums in fp32, the pairs in order. Nothing is
+    chosen where no document has more blocks than selection takes."""
     picks = (a.n - a.local) * (Branch.slc in a.branches and s.length > a.n * a.l_slc)
     size, both = min(CHUNK, s.tokens), s.qk_dim + s.v_dim
     slots = -(-size * picks // BACK_RUN) + s.tokens // a.l_slc
