@@ -123,6 +123,7 @@ def run(command: str, copy: Path) -> None:
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
 
+@pytest.mark.slow
 def test_the_page_for_a_laptop_runs_from_top_to_bottom(copy):
     for command in commands(ROOT / "docs/laptop.md"):
         run(command, copy)

@@ -62,7 +62,7 @@ LAYOUTS = [
     (2, {"zero": 3, "compile": True}),
     rarely(2, {"zero": 3, "recompute": Recompute.mlp, "compile": True}),
     rarely(4, {"tp": 2, "sequence": True, "zero": 3, "recompute": Recompute.full, "compile": True}),
-    (2, {"tp": 2, "sequence": True, "recompute": Recompute.full, "compile": True}),
+    rarely(2, {"tp": 2, "sequence": True, "recompute": Recompute.full, "compile": True}),
     rarely(2, {"tp": 2, "sequence": True, "recompute": Recompute.mlp, "compile": True}),
     (2, {"pp": 2, "recompute": Recompute.mlp}),
     rarely(8, {"tp": 2, "pp": 2}),

@@ -91,7 +91,7 @@ LAYOUTS = [
     (2, 512, dict(parallel__zero=3)),
     (2, 512, dict(parallel__tp=2)),
     (2, 512, dict(parallel__tp=2, parallel__sequence=True, parallel__recompute=Recompute.mlp)),
-    (2, 16384, dict(parallel__pp=2, train__global_batch=4)),
+    pytest.param(2, 16384, dict(parallel__pp=2, train__global_batch=4), marks=pytest.mark.slow),
     (1, 512, dict(train__precision=Precision.fp32)),
     (1, 512, dict(attention__kind=Kind.nsa)),  # in torch: there are no kernels
 ]

@@ -119,6 +119,7 @@ def test_a_flipped_bit_ends_two_processes_with_one_line(corpus, tmp_path, split)
     assert f"{data}/{split}-000000.tar: sample 0 does not match its checksum" in line
 
 
+@pytest.mark.slow
 def test_rows_that_are_skipped_are_the_same_for_every_layout(corpus, tmp_path):
     data, losses = damaged(corpus, tmp_path, "train"), []
     for name, layout, processes in (("one", [], 1), ("dp", [], 2), ("tp", ["parallel.tp=2"], 2)):

@@ -77,7 +77,7 @@ def test_one_wandb_run_through_a_kill_and_a_restart(corpus, tmp_path):
         assert any(axis.get("2") == "*" and axis.get("5") == 1 for axis in axes), "of everything"
 
 
-@pytest.mark.parametrize("kind", ["silent", "falls silent"])
+@pytest.mark.parametrize("kind", [pytest.param("silent", marks=pytest.mark.slow), "falls silent"])
 def test_a_server_that_does_not_answer_costs_no_step_and_little_at_the_end(corpus, tmp_path, kind):
     run = tmp_path / "run"
     with serve() as server:
