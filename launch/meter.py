@@ -14,6 +14,7 @@ import torch
 
 from configs.schema import Config
 from launch.baseline import Baseline
+from launch.runs import PACKAGES
 from parallel import metrics
 from parallel.mesh import Mesh
 
@@ -87,7 +88,7 @@ def environment(mesh: Mesh, data_fingerprint: str) -> dict[str, Any]:
     return {
         "device": device_name(mesh.device),
         "world": mesh.world,
-        **{package: _version(package) for package in ("torch", "triton", "deepspeed")},
+        **{package: _version(package) for package in PACKAGES},
         "python": platform.python_version(),
         "commit": git.stdout.strip() or None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

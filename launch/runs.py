@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from configs.errors import CheckpointError
 from configs.schema import Config
 
+PACKAGES = ("torch", "triton", "deepspeed")  # whose versions a run notes
 HEALTH = "sparsity/"  # begins sparsity/MEASURE/LAYER, the keys of lines about the sparsity of attention
 
 
@@ -92,7 +93,7 @@ def pace(config: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
     """What the speed of a run depends on besides its model, attention and context, by names to show."""
     options = {f"{part}.{key}": config[part][key] for part, keys in PACE.items() for key in keys}
     options["deterministic"] = config["deterministic"]
-    versions = {package: environment.get(package) for package in ("torch", "triton", "deepspeed")}
+    versions = {package: environment.get(package) for package in PACKAGES}
     return {"device": environment["device"], "processes": environment["world"], **versions, **options}
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from configs.schema import Attention, Branch
 from nsa import hopper_band
-from nsa.bands import FAR, SHORT_BAND, bands, beyond, edges, everything, lowest, tile_at
+from nsa.bands import FAR, SHORT_BAND, bands, beyond, edges, lowest, tile_at
+from nsa.memory import everything
 from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, kind, locate, precision
 
 NAMES = [b.value for b in Branch]
@@ -100,8 +101,7 @@ def _forward(
     G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, F: tl.constexpr,
     CMP: tl.constexpr, SLC: tl.constexpr, WIN: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, A: tl.constexpr, LOCAL: tl.constexpr, ALL: tl.constexpr, SINK: tl.constexpr,
-    W: tl.constexpr,
-    BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+    W: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """o [n, h, F] and log-sum-exp of each branch, of a tile of queries and one KV head."""
     tile, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the longest first

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from configs.schema import Attention
 from nsa.band import SHORT, branches, shares_registers
-from nsa.bands import FAR, SHORT_BAND, Band, beyond, edges, everything, lowest, tile_at
+from nsa.bands import FAR, SHORT_BAND, Band, beyond, edges, lowest, tile_at
+from nsa.memory import everything
 from nsa.tiles import LOG2E, Documents, Launch, boxes, columns, halves, kind, locate, precision, stretches
 
 # By `tiles.kind`; timed on an H200 for 16 bits.

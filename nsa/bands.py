@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from configs.schema import Attention
+from nsa.memory import everything
 
 FAR = tl.constexpr(1 << 30)
 SHORT_BAND = tl.constexpr(4)  # tiles of keys
@@ -35,11 +36,6 @@ class Band:
     def run(self, group: int) -> int:
         """Heads whose statistics lie side by side, token by token: [h / run, n, run]."""
         return 1 if self.keyed_by_block else group
-
-
-def everything(sizes: Attention) -> int:
-    """First tokens of a document that see no more blocks than selection takes."""
-    return sizes.n * sizes.l_slc
 
 
 def bands(sizes: Attention) -> dict[str, Band]:

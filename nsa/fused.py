@@ -9,9 +9,10 @@ from torch import Tensor, library
 from configs.kernels import INTERPRETED, misfit
 from configs.schema import Attention, Branch
 from nsa import band, band_backward, gates, picked, score, tiles
-from nsa.bands import bands, everything
+from nsa.bands import bands
 from nsa.beside import Beside
 from nsa.documents import Documents, check_blocks, check_documents
+from nsa.memory import everything
 from nsa.tiles import halves, rows
 
 NAMES = [b.value for b in Branch]

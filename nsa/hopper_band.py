@@ -23,7 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from configs.schema import Attention, Branch
-from nsa.bands import SHORT_BAND, bands, beyond, edges, everything, lowest, tile_at
+from nsa.bands import SHORT_BAND, bands, beyond, edges, lowest, tile_at
+from nsa.memory import everything
 from nsa.tiles import LOG2E, Documents, halves, locate
 
 NAMES = [b.value for b in Branch]

@@ -27,6 +27,11 @@ class Shape:
     width: int  # bytes of an element
 
 
+def everything(a: Attention) -> int:
+    """First tokens of a document that see no more blocks than selection takes."""
+    return a.n * a.l_slc
+
+
 def kept(s: Shape, a: Attention) -> dict[str, int]:
     """By kind, from the projections to the outputs of the branches; not the input of the layer, nor the gated sum, nor
     the angles of RoPE."""
@@ -64,7 +69,7 @@ def backward(s: Shape, a: Attention) -> int:
 def _chosen(s: Shape, a: Attention) -> int:
     """Of the gradients of chosen blocks: parts of a chunk of queries, sums in fp32, the pairs in order. Nothing is
     chosen where no document has more blocks than selection takes."""
-    picks = (a.n - a.local) * (Branch.slc in a.branches and s.length > a.n * a.l_slc)
+    picks = (a.n - a.local) * (Branch.slc in a.branches and s.length > everything(a))
     size, both = min(CHUNK, s.tokens), s.qk_dim + s.v_dim
     slots = -(-size * picks // BACK_RUN) + s.tokens // a.l_slc
     parts = s.width * size * picks * s.heads * s.qk_dim + 4 * s.kv_heads * slots * a.l_slc * both

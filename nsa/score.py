@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from configs.schema import Attention
-from nsa.bands import everything
+from nsa.memory import everything
 from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, precision
 
 SCORE = {2: Launch(64, 128, 4, 2), 4: Launch(64, 64, 8, 1)}  # by bytes of an element; rows are queries of one head
@@ -186,8 +186,8 @@ def _launch_score(
     _score[triton.cdiv(width, bn // r - 1), count, groups](
         *columns(q, bq), *columns(k, bn), lse, scores, documents.tokens, documents.blocks, documents.count,
         q.shape[2] ** -0.5 * LOG2E, tile, len(q), width, q.stride(1), k.stride(1),
-        G=q.shape[1] // groups, E=e, E2=e2, L=sizes.l, D=sizes.d, R=r, ALL=everything(sizes), BQ=bq,
-        BN=bn, EXACT=precision(q), **options,
+        G=q.shape[1] // groups, E=e, E2=e2, L=sizes.l, D=sizes.d, R=r, ALL=everything(sizes),
+        BQ=bq, BN=bn, EXACT=precision(q), **options,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 A kernel's own source runs, its names bound to stand-ins: tensors are torch's, each group of warps is a thread, and
 barriers count arrivals and bytes as the GPU's do. What the copy engine was asked for happens as late as it may: what it
 loads is NaN until somebody has waited for its barrier, and what it stores is read when stores are waited for. So a wait
-that is missing shows, as a wrong barrier phase does by ending nowhere. Products are of the operands' own precision,
+that is missing, or for the wrong phase, shows by NaN or by never ending. Products are of the operands' own precision,
 their sums in fp32, done at once: a wait for them that is missing does not show, nor do warps that fall apart.
 """
 
@@ -28,7 +28,7 @@ class Values(Tensor):
     """A tensor of a kernel: it has a layout, and operators never change it in place."""
 
     type = SimpleNamespace(layout=None)
-    __iadd__, __isub__, __imul__ = Tensor.__add__, Tensor.__sub__, Tensor.__mul__
+    __iadd__, __imul__ = Tensor.__add__, Tensor.__mul__
 
 
 def values(x: Tensor) -> Values:
@@ -223,7 +223,7 @@ class Program:
             where=_where, maximum=_either(max, torch.maximum), minimum=_either(min, torch.minimum),
             max=lambda x, axis: values(x.amax(axis)), sum=lambda x, axis: values(x.sum(axis)),
             exp2=torch.exp2, log2=torch.log2, float32=torch.float32, int64=torch.int64, constexpr=lambda x: x,
-            debug_barrier=lambda: None, tensor=Tensor, **dict.fromkeys(LAYOUTS, lambda *_, **__: None),
+            debug_barrier=lambda: None, **dict.fromkeys(LAYOUTS, lambda *_, **__: None),
         )  # fmt: skip
         mbarrier = SimpleNamespace(
             init=self.init, expect=self.expect, arrive=self.arrive, wait=self.wait, MBarrierLayout=lambda: None
@@ -237,7 +237,7 @@ class Program:
         }  # fmt: skip
 
 
-LAYOUTS = ("SliceLayout", "BlockedLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "DotOperandLayout")
+LAYOUTS = ("SliceLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "DotOperandLayout")
 
 
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:

@@ -22,19 +22,12 @@ from tests.gluon import Emulated
 pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="the interpreter is off where there is a GPU")
 
 SMALL = Attention(l=16, d=8, l_slc=16, n=3, local=1, w=30)
+OTHER = Attention(l=16, d=16, l_slc=32, n=3, initial=2, local=1, w=1)
 BANDS = [
     Case("shorter than a block", (20, 31), 16, 1, 64, 64, Attention()),
     Case("packed", (150, 1, 40), 16, 1, 64, 64, SMALL),
     Case("groups of 64, keys of 192", (70, 9), 64, 1, 192, 128, Attention(l_slc=32, n=2, local=1, w=64)),
-    Case(
-        "groups of 8, two KV heads",
-        (130,),
-        16,
-        2,
-        64,
-        64,
-        Attention(l=16, d=16, l_slc=32, n=3, initial=2, local=1, w=1),
-    ),
+    Case("groups of 8, two KV heads", (130,), 16, 2, 64, 64, OTHER),
 ]
 
 
@@ -61,17 +54,16 @@ def test_bands(case, names, monkeypatch):
 
 @pytest.mark.parametrize(("heads", "groups", "qk", "v"), [(16, 1, 64, 64), (64, 2, 192, 128)])
 def test_chosen_blocks(heads, groups, qk, v, monkeypatch):
-    """Queries choose any number of blocks; no output is written to twice, none is left out."""
+    """Queries choose any number of blocks; no pair is left out, and none of the first block, which others attend to."""
     case = Case("chosen", (300, 1, 100), heads, groups, qk, v, Attention(n=5, local=1, initial=1))
     x, documents = inputs(case)
     n, g, picks, blocks = case.tokens, heads // groups, 4, documents.tiles(64)
-    whole = torch.tensor([0, 1, 2, 3])  # blocks of the first document
     chosen = torch.full((n, groups, picks), NONE, dtype=torch.int32)
     generator = torch.Generator().manual_seed(0)
     for t, group in itertools.product(range(192, 300), range(groups)):
         count = int(torch.randint(1, picks + 1, (), generator=generator))
-        others = 1 + torch.randperm(3, generator=generator)[: count - 1]
-        chosen[t, group, :count] = (torch.cat([whole[:1], whole[others]]) + group * blocks).int()
+        others = 1 + torch.randperm(3, generator=generator)[: count - 1]  # of the first document, as block 0
+        chosen[t, group, :count] = torch.tensor([0, *others]) + group * blocks
     pairs = sort(chosen, 8192, blocks)
 
     def attend(how, dtype) -> tuple[torch.Tensor, torch.Tensor]:
