@@ -20,16 +20,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from configs.schema import Attention, Branch
 from nsa.bands import SHORT_BAND, bands, beyond, edges, lowest, tile_at
+from nsa.hopper import BARRIERS, SHARED, boxes, columns, multiprocessors
 from nsa.memory import everything
 from nsa.tiles import LOG2E, Documents, halves, locate
 
 NAMES = [b.value for b in Branch]
-SHARED = 232_448  # bytes of shared memory that a program may have
-BARRIERS = 1_024  # of them kept for barriers, and for the start of a panel
 BN = gl.constexpr(64)  # keys of a tile
 ROWS = gl.constexpr(64)  # (query, head) of a warpgroup
 TEAMS = gl.constexpr(3)  # warpgroups that compute
@@ -178,13 +176,15 @@ def _scores(team: gl.constexpr, slot, s, memory, C: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(s, i, acc, peak, total, scale, low, high, sink, tiles, dtype: gl.constexpr, C: gl.constexpr):
-    """A step of online softmax: the weights of tile i, with acc and the statistics brought up to its maximum."""
+def _weigh(s, i, peak, total, scale, t, branch, tiles, dtype: gl.constexpr, C: gl.constexpr):
+    """A step of online softmax: the weights of tile i, what outputs so far shrink by, and the statistics."""
     whole, sinks = tiles[0], tiles[2]
     outs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.F, 16])
     if i >= whole:
         column = _key(i, tiles, C) + gl.arange(0, BN, layout=gl.SliceLayout(0, s.type.layout))
         at_start = i < whole + sinks
+        low, high = _low(t, branch, C), _high(t, branch, C)
+        sink = gl.minimum(low, C.SINK)
         begin, end = gl.where(at_start, 0, low), gl.where(at_start, sink, high)
         seen = (column[None, :] >= begin[:, None]) & (column[None, :] < end[:, None])
         s = gl.where(seen, s, float("-inf"))
@@ -193,8 +193,8 @@ def _weigh(s, i, acc, peak, total, scale, low, high, sink, tiles, dtype: gl.cons
     p = gl.exp2(s * scale - ground[:, None])
     shrink = gl.exp2(peak - ground)
     total = total * shrink + gl.sum(p, 1)
-    acc *= gl.convert_layout(shrink, gl.SliceLayout(1, outs))[:, None]
-    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, outs, 2)), acc, top, total
+    shrink = gl.convert_layout(shrink, gl.SliceLayout(1, outs))[:, None]
+    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, outs, 2)), shrink, top, total
 
 
 @gluon.jit
@@ -207,8 +207,6 @@ def _attend(team: gl.constexpr, branch, turn, place, length, scale, memory, bars
     outs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F, 16])
     tiles, count = _tiles(branch, place, length, C)
     t = place + team * (ROWS // C.G) + gl.arange(0, ROWS, layout=gl.SliceLayout(1, sums)) // C.G
-    low, high = _low(t, branch, C), _high(t, branch, C)
-    sink = gl.minimum(low, C.SINK)
     acc = gl.zeros([ROWS, F], gl.float32, outs)
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, sums))
     peak = total - float("inf")
@@ -217,15 +215,18 @@ def _attend(team: gl.constexpr, branch, turn, place, length, scale, memory, bars
     s = _scores(team, slot, gl.zeros([ROWS, BN], gl.float32, sums), memory, C)
     s = warpgroup_mma_wait(0, [s])
     _free(empty.index(slot))
-    p, acc, peak, total = _weigh(s, 0, acc, peak, total, scale, low, high, sink, tiles, v_at.dtype, C)
+    p, _, peak, total = _weigh(s, 0, peak, total, scale, t, branch, tiles, v_at.dtype, C)
     for i in range(1, count):  # the values of a tile with the keys of the next: two products at once
         slot = (turn + i) % C.STAGES
         mbarrier.wait(ready.index(slot), (turn + i) // C.STAGES & 1)
-        acc = warpgroup_mma(p, v_at.index(slot), acc, is_async=True)
         s = _scores(team, slot, s, memory, C)
-        s, acc = warpgroup_mma_wait(0, [s, acc])
+        acc = warpgroup_mma(p, v_at.index(slot), acc, is_async=True)
+        s = warpgroup_mma_wait(1, [s])
+        weights, shrink, peak, total = _weigh(s, i, peak, total, scale, t, branch, tiles, v_at.dtype, C)
+        acc, p = warpgroup_mma_wait(0, [acc, p])
         _free(empty.index(slot))
-        p, acc, peak, total = _weigh(s, i, acc, peak, total, scale, low, high, sink, tiles, v_at.dtype, C)
+        acc *= shrink
+        p = weights
     turn += count
     slot = turn % C.STAGES
     mbarrier.wait(ready.index(slot), turn // C.STAGES & 1)
@@ -333,26 +334,6 @@ def _forward(
     )
 
 
-def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU; elsewhere, where kernels are only compiled, 1."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _boxes(x: Tensor, rows: int) -> list[TensorDescriptor]:
-    """What loads `rows` rows of x [rows, channels], for the `halves` of a head's channels."""
-    layout = gl.NVMMASharedLayout(128, 16, 2)
-    e, e2 = halves(x.shape[1])
-    return [TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, width], layout) for width in (e, e2 or e)]
-
-
-def _columns(x: Tensor, rows: int) -> list[TensorDescriptor]:
-    """As `tiles.columns`."""
-    n, heads, e = x.shape
-    layout, shape = gl.NVMMASharedLayout(128, 16, 2), [n, (heads - 1) * x.stride(1) + e]
-    e, e2 = halves(e)
-    return [TensorDescriptor(x, shape, [x.stride(0), 1], [rows, width], layout) for width in (e, e2 or e)]
-
-
 def fits(q: Tensor, v: Tensor, group: int) -> bool:
     """Whether `forward` can have q [n, h, dk] and v [n, h_kv, dv] with so many heads to a KV head."""
     if not (q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.element_size() == 2):
@@ -372,7 +353,7 @@ def forward(q: Tensor, kv: dict, out: dict, documents: Documents, sizes: Attenti
     for name in NAMES:
         name = name if name in kv else next(iter(kv))
         (k, v), (o, lse) = kv[name], out[name]
-        tensors += [*_columns(k, BN.value), _columns(v, BN.value)[0], _boxes(o.view(-1, f), g)[0], lse]
+        tensors += [*columns(k, BN.value), columns(v, BN.value)[0], boxes(o.view(-1, f), g)[0], lse]
         strides += [k.stride(1), v.stride(1)]
     c = Sizes(
         E=e1, E2=e2, F=f, G=g, L=sizes.l, D=sizes.d, A=sizes.l_slc, LOCAL=sizes.local, ALL=everything(sizes),
@@ -380,8 +361,8 @@ def forward(q: Tensor, kv: dict, out: dict, documents: Documents, sizes: Attenti
         THERE=sum(1 << i for i, name in enumerate(NAMES) if name in kv),
         BQ=bq, STAGES=(SHARED - BARRIERS - rows * (e + f) * 2) // (BN.value * (e + f) * 2),
     )  # fmt: skip
-    programs = min(_multiprocessors(q.device), tiles * groups)
+    programs = min(multiprocessors(q.device), tiles * groups)
     _forward[(programs,)](
-        *_boxes(q.view(-1, e), g), *tensors, *strides, documents.tokens, documents.blocks, documents.count,
+        *boxes(q.view(-1, e), g), *tensors, *strides, documents.tokens, documents.blocks, documents.count,
         e**-0.5 * LOG2E, n, heads, tiles, n * heads, c, num_warps=4, maxnreg=128,
     )  # fmt: skip

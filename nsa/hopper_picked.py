@@ -1,13 +1,16 @@
 """Attention to the chosen blocks for GPUs with a copy engine and warpgroup products (sm_90), in Gluon.
 
-It does what `picked.attend` does, to the bit, for 16-bit heads of whole panels of 64 channels and groups of 16 to 64
-heads. Here the copy engine gathers queries and scatters outputs, all heads of a query at once, and not the
-threads that compute: the next tile is on its way while this one is multiplied. A tile's outputs take the place of its
-queries in shared memory.
+It is for 16-bit heads of whole panels of 64 channels and groups of 16 to 64 heads. A tile of visits stays while the
+blocks that any of them chose come by, and softmax goes on from block to block. Some warpgroups compute, each for visits
+of its own, and pass over blocks that none of these chose. One warp has the copy engine gather queries and scatter
+outputs, all heads of a query at once; outputs take the place of queries in shared memory. Another one has it fetch
+blocks, and a third takes tiles: a program stays and goes from tile to tile.
 """
 
+from dataclasses import dataclass
+
 import torch
-import triton
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,139 +21,291 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from configs.schema import Attention
+from nsa import visits
+from nsa.hopper import BARRIERS, SHARED, boxes, columns, multiprocessors
 from nsa.memory import CHUNK
-from nsa.pairs import RUN, Pairs
-from nsa.tiles import LOG2E, Documents, locate
+from nsa.tiles import LOG2E, Documents, halves
+from nsa.visits import Visits, tiles_of
 
-ROWS = 64  # (query, head) of a tile
-PANEL = 64  # channels side by side in shared memory: 128 bytes
+BN = gl.constexpr(64)  # keys of a block
+ROWS = gl.constexpr(64)  # (query, head) of a warpgroup
+TEAMS = gl.constexpr(3)  # warpgroups that compute
+AHEAD = gl.constexpr(4)  # tiles that are taken before they are needed
+HEAD, LAST = gl.constexpr(visits.HEAD), gl.constexpr(visits.LAST)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the kernel is compiled for."""
+
+    E: int  # channels of a key: the first
+    E2: int  # and the others
+    F: int  # channels of a value
+    G: int  # heads of a group
+    GROUPS: int
+    MOST: int  # visits of a query and KV head
+    BM: int  # visits of a tile
+    STAGES: int  # blocks on their way
+    WIDTH: int  # numbers of a row of a plan
+
+
+@gluon.jit
+def _write(at, value):
+    """Leaves a number in shared memory."""
+    at.store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
+
+
+@gluon.jit
+def _read(at):
+    return gl.max(at.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+
+
+@gluon.jit
+def _take(plan, taken, tiles, memory, bars, C: gl.constexpr):
+    """What the warp does that takes tiles with visits, for as long as there are any. They differ in work: a program
+    takes its next one when it gets to it."""
+    which = memory[5]
+    taken_ready, taken_empty = bars[4:]
+    tile, turn = 0, 0
+    while tile < tiles:
+        tile = gl.atomic_add(taken, 1)
+        if (tile >= tiles) | (gl.load(plan + gl.minimum(tile, tiles - 1) * C.WIDTH) > 0):
+            slot = turn % AHEAD
+            mbarrier.wait(taken_empty.index(slot), turn // AHEAD & 1 ^ 1)
+            _write(which.index(2 + slot), tile)
+            mbarrier.arrive(taken_ready.index(slot), count=1)
+            turn += 1
+
+
+@gluon.jit
+def _next(turn, tile, tiles, memory, bars):
+    """The tile that was taken after `tile`; the last one that is said is past the end."""
+    if tile < tiles:
+        taken_ready, taken_empty = bars[4:]
+        slot = turn % AHEAD
+        mbarrier.wait(taken_ready.index(slot), turn // AHEAD & 1)
+        tile = _read(memory[5].index(2 + slot))
+        mbarrier.arrive(taken_empty.index(slot), count=1)
+    return tile
+
+
+@gluon.jit
+def _fill(q, q_rest, plan, tile, tiles, slot, memory, bars, C: gl.constexpr):
+    """Starts loading the queries of a tile, and says which it is."""
+    q_at, q2_at = memory[:2]
+    which, bar = memory[5].index(slot), bars[0].index(slot)
+    EACH: gl.constexpr = ROWS // C.G
+    _write(which, tile)
+    if tile >= tiles:
+        mbarrier.arrive(bar, count=1)
+    else:
+        mbarrier.expect(bar, TEAMS * ROWS * (C.E + C.E2) * 2)
+        for i in gl.static_range(gl.constexpr(C.BM)):
+            at = gl.load(plan + tile * C.WIDTH + HEAD + i) // C.MOST * C.G
+            team = slot * TEAMS + i // EACH
+            tma.async_copy_global_to_shared(q, [at, 0], bar, q_at.index(team).slice(i % EACH * C.G, C.G))
+            if C.E2 > 0:
+                tma.async_copy_global_to_shared(q_rest, [at, C.E], bar, q2_at.index(team).slice(i % EACH * C.G, C.G))
+
+
+@gluon.jit
+def _carry(q, q_rest, o, plan, tiles, first_visit, ends, memory, bars, C: gl.constexpr):
+    """What the warp does that loads the queries of tiles and stores what became of them."""
+    q_at, o_ready = memory[0], bars[1]
+    EACH: gl.constexpr = ROWS // C.G
+    tile = _next(0, gl.program_id(0) * 0, tiles, memory, bars)
+    _fill(q, q_rest, plan, tile, tiles, 0, memory, bars, C)
+    after = _next(1, tile, tiles, memory, bars)
+    _fill(q, q_rest, plan, after, tiles, 1, memory, bars, C)
+    done = 0
+    while tile < tiles:
+        row, slot = plan + tile * C.WIDTH, done % 2
+        size = gl.load(row + 1)
+        coming = _next(done + 2, after, tiles, memory, bars)
+        mbarrier.wait(o_ready.index(slot), done // 2 & 1)
+        for i in gl.static_range(gl.constexpr(C.BM)):
+            at = gl.where(i < size, (gl.load(row + HEAD + i) - first_visit) * C.G, ends)
+            of = q_at.index(slot * TEAMS + i // EACH).slice(i % EACH * C.G, C.G)
+            tma.async_copy_shared_to_global(o, [at, 0], of)
+        tma.store_wait(0)
+        _fill(q, q_rest, plan, coming, tiles, slot, memory, bars, C)
+        done += 1
+        tile, after = after, coming
+
+
+@gluon.jit
+def _load(k, k_rest, v, plan, tiles, memory, bars, C: gl.constexpr):
+    """What the warp does that loads blocks, and says who chose them."""
+    k_at, k2_at, v_at, _, chosen_by = memory[2:]
+    ready, empty = bars[2:4]
+    E: gl.constexpr = C.E + C.E2
+    turn, done = 0, 1
+    tile = _next(0, gl.program_id(0) * 0, tiles, memory, bars)
+    while tile < tiles:
+        row = plan + tile * C.WIDTH
+        count, group = gl.load(row), gl.load(row + 2)
+        for i in range(count):
+            block = row + HEAD + C.BM + 2 * i
+            token, who = gl.load(block), gl.load(block + 1)
+            stage = turn % C.STAGES
+            bar = ready.index(stage)
+            mbarrier.wait(empty.index(stage), turn // C.STAGES & 1 ^ 1)
+            _write(chosen_by.index(stage), who)
+            mbarrier.expect(bar, BN * (E + C.F) * 2)
+            tma.async_copy_global_to_shared(k, [token, group * E], bar, k_at.index(stage))
+            if C.E2 > 0:
+                tma.async_copy_global_to_shared(k_rest, [token, group * E + C.E], bar, k2_at.index(stage))
+            tma.async_copy_global_to_shared(v, [token, group * C.F], bar, v_at.index(stage))
+            turn += 1
+        tile = _next(done, tile, tiles, memory, bars)
+        done += 1
+
+
+@gluon.jit
+def _tell(bar):
+    """Arrives at a barrier once all four warps have come here."""
+    tl.debug_barrier()
+    mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
+def _compute(team: gl.constexpr, lse, plan, tiles, first_visit, scale, memory, bars, C: gl.constexpr):
+    """What a warpgroup does."""
+    q_at, q2_at, k_at, k2_at, v_at, which, chosen_by = memory
+    q_ready, o_ready, ready, empty = bars[:4]
+    EACH: gl.constexpr = ROWS // C.G
+    F: gl.constexpr = C.F
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    outs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, sums)
+    mine = team * EACH + gl.arange(0, ROWS, layout=rows) // C.G
+    head = gl.arange(0, ROWS, layout=rows) % C.G
+    turn, done = 0, 0
+    mbarrier.wait(q_ready.index(0), 0)
+    tile = _read(which.index(0))
+    while tile < tiles:
+        row, slot = plan + tile * C.WIDTH, done % 2 * TEAMS + team
+        size, visit = gl.load(row + 1), gl.load(row + HEAD + mine) - first_visit
+        acc = gl.zeros([ROWS, F], gl.float32, outs)
+        total = gl.zeros([ROWS], gl.float32, rows)
+        peak = total - float("inf")
+        more = True
+        while more:
+            stage = turn % C.STAGES
+            mbarrier.wait(ready.index(stage), turn // C.STAGES & 1)
+            who = _read(chosen_by.index(stage))
+            ours = who >> team * EACH & (1 << EACH) - 1
+            more = who < LAST
+            if ours != 0:
+                s = gl.zeros([ROWS, BN], gl.float32, sums)
+                k1 = k_at.index(stage).permute((1, 0))
+                s = warpgroup_mma(q_at.index(slot), k1, s, use_acc=False, is_async=True)
+                if C.E2 > 0:
+                    k2 = k2_at.index(stage).permute((1, 0))
+                    s = warpgroup_mma(q2_at.index(slot), k2, s, is_async=True)
+                s = warpgroup_mma_wait(0, [s])
+                chose = (ours >> mine - team * EACH & 1) != 0
+                top = gl.where(chose, gl.maximum(peak, gl.max(s, 1) * scale), peak)
+                p = gl.exp2(s * scale - gl.where(chose, top, float("inf"))[:, None])
+                shrink = gl.where(top == peak, 1.0, gl.exp2(peak - top))
+                total = total * shrink + gl.sum(p, 1)
+                peak = top
+                acc *= gl.convert_layout(shrink, gl.SliceLayout(1, outs))[:, None]
+                p = gl.convert_layout(p.to(v_at.dtype), gl.DotOperandLayout(0, outs, 2))
+                acc = warpgroup_mma(p, v_at.index(stage), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, [acc])
+            _tell(empty.index(stage))
+            turn += 1
+        share = gl.where(total > 0, 1.0 / total, 0.0)
+        log = peak + gl.log2(total)
+        acc *= gl.convert_layout(share, gl.SliceLayout(1, outs))[:, None]
+        q_at.index(slot).store(acc.to(q_at.dtype))
+        fence_async_shared()
+        _tell(o_ready.index(done % 2))
+        gl.store(lse + visit * C.G + head, log, mask=mine < size)
+        done += 1
+        mbarrier.wait(q_ready.index(done % 2), done // 2 & 1)
+        tile = _read(which.index(done % 2))
+
+
+@gluon.jit(do_not_specialize=["chunk", "spans", "first_visit", "ends"])
+def _attend(
+    q, q_rest, k, k_rest, v, o, lse, starts, plan, taken, scale, chunk, spans, first_visit, ends, C: gl.constexpr
+):  # fmt: skip
+    """Of `attend` one program, with q [n * h, dk], k [n, h_kv * dk], v [n, h_kv * dv], o [visits * G, dv] in boxes."""
+    panels: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    STAGES: gl.constexpr = C.STAGES
+    E: gl.constexpr = C.E
+    E2: gl.constexpr = C.E2
+    F: gl.constexpr = C.F
+    q_at = gl.allocate_shared_memory(q.dtype, [2 * TEAMS, ROWS, E], panels)
+    k_at = gl.allocate_shared_memory(q.dtype, [STAGES, BN, E], panels)
+    q2_at, k2_at = q_at, k_at
+    if E2 > 0:
+        q2_at = gl.allocate_shared_memory(q.dtype, [2 * TEAMS, ROWS, E2], panels)
+        k2_at = gl.allocate_shared_memory(q.dtype, [STAGES, BN, E2], panels)
+    v_at = gl.allocate_shared_memory(q.dtype, [STAGES, BN, F], panels)
+    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    o_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    taken_ready = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
+    taken_empty = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(o_ready.index(i), count=TEAMS)
+    for i in gl.static_range(AHEAD):
+        mbarrier.init(taken_ready.index(i), count=1)
+        mbarrier.init(taken_empty.index(i), count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=TEAMS)
+    number: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    which = gl.allocate_shared_memory(gl.int32, [2 + AHEAD, 1], number)  # in each place for queries, and those after
+    chosen_by = gl.allocate_shared_memory(gl.int32, [STAGES, 1], number)
+    memory = (q_at, q2_at, k_at, k2_at, v_at, which, chosen_by)
+    bars = (q_ready, o_ready, ready, empty, taken_ready, taken_empty)
+    tiles = tiles_of(starts, chunk, spans, C.GROUPS, C.BM)
+    gl.warp_specialize(
+        [
+            (_compute, (0, lse, plan, tiles, first_visit, scale, memory, bars, C)),
+            (_compute, (1, lse, plan, tiles, first_visit, scale, memory, bars, C)),
+            (_compute, (2, lse, plan, tiles, first_visit, scale, memory, bars, C)),
+            (_carry, (q, q_rest, o, plan, tiles, first_visit, ends, memory, bars, C)),
+            (_take, (plan, taken, tiles, memory, bars, C)),
+            (_load, (k, k_rest, v, plan, tiles, memory, bars, C)),
+        ],
+        [4, 4, 1, 1, 1],
+        [152, 152, 24, 24, 24],
+    )
 
 
 def fits(q: Tensor, v: Tensor, slc: int) -> bool:
     """Whether `attend` can have q [n, h, dk] and v [n, h_kv, dv] with blocks of so many tokens."""
-    if not (q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9):
+    if not (q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.element_size() == 2):
         return False
     (_, heads, e), (_, groups, f) = q.shape, v.shape
-    panels = q.element_size() == 2 and e % PANEL == f % PANEL == 0 and f <= e
-    return panels and 16 <= heads // groups <= ROWS and slc == ROWS  # of fewer heads at once it is slower
-
-
-def panels(x: Tensor, rows: int) -> TensorDescriptor:
-    """What loads and stores `rows` rows of a panel of x [rows, channels]."""
-    layout = gl.NVMMASharedLayout(128, 16, 2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, PANEL], layout)
-
-
-@gluon.jit
-def _gather(x, to, at, ready, pairs, j, stop, head, heads, GP: gl.constexpr, G: gl.constexpr, PANELS: gl.constexpr):
-    """Starts loading the rows of x of the pairs from j on; for those past the end the last one's again."""
-    for i in gl.static_range(64 // G):
-        row = gl.load(pairs + gl.minimum(j + i, stop - 1)) // GP * heads + head
-        for c in gl.static_range(PANELS):
-            tma.async_copy_global_to_shared(x, [row, c * 64], ready, to.index(at + c).slice(i * G, G))
-
-
-@gluon.jit
-def _scatter(x, of, at, pairs, j, stop, base, ends, G: gl.constexpr, PANELS: gl.constexpr):
-    """Starts storing a tile to the rows of the pairs from j on, counted from pair `base`; nothing past the end."""
-    for i in gl.static_range(64 // G):
-        row = (gl.load(pairs + gl.minimum(j + i, stop - 1)) - base) * G
-        row = gl.where(j + i < stop, row, ends)
-        for c in gl.static_range(PANELS):
-            tma.async_copy_shared_to_global(x, [row, c * 64], of.index(at + c).slice(i * G, G))
-
-
-@gluon.jit
-def _column(x, to, ready, token, column, PANELS: gl.constexpr):
-    """Starts loading a block of one KV head, whose first channel is `column`."""
-    for c in gl.static_range(PANELS):
-        tma.async_copy_global_to_shared(x, [token, column + c * 64], ready, to.index(c))
-
-
-@gluon.jit(do_not_specialize=["documents", "chunk", "first"])
-def _attend(
-    q, k, v, o, lse, keys, order, starts, tokens, documents, scale, chunk, first, blocks, heads, ends,
-    G: gl.constexpr, GROUPS: gl.constexpr, E: gl.constexpr, F: gl.constexpr, PICKS: gl.constexpr,
-    INITIAL: gl.constexpr, RUN: gl.constexpr,
-):  # fmt: skip
-    """As `picked._attend`, with q [n * h, dk], k [n, h_kv * dk], v [n, h_kv * dv] and o [pairs * G, dv] in boxes."""
-    EP: gl.constexpr = E // 64
-    FP: gl.constexpr = F // 64
-    GP: gl.constexpr = GROUPS * PICKS
-    BM: gl.constexpr = 64 // G
-    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    weights: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q_at = gl.allocate_shared_memory(q.dtype, [2 * EP, 64, 64], layout)
-    k_at = gl.allocate_shared_memory(q.dtype, [EP, 64, 64], layout)
-    v_at = gl.allocate_shared_memory(q.dtype, [FP, 64, 64], layout)
-    ready = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
-    for b in gl.static_range(3):  # two for tiles in turn, one for blocks
-        mbarrier.init(ready.index(b), count=1)
-    group = gl.program_id(1)
-    key0 = (chunk * GROUPS + group) * blocks
-    i = gl.load(starts + key0) + gl.program_id(0) * RUN
-    end = gl.minimum(i + RUN, gl.load(starts + key0 + blocks))
-    row = gl.arange(0, 64, layout=gl.SliceLayout(1, sums))
-    tile, stretch = 0, 0
-    while i < end:
-        key = gl.load(keys + i)
-        stop = gl.minimum(end, gl.load(starts + key + 1))
-        _, start, _, place = locate(key - key0, tokens, documents, 64)
-        i = gl.where(place < INITIAL * 64, stop, i)  # those were attended to with the local blocks
-        if i < stop:
-            tma.store_wait(0)
-            mbarrier.expect(ready.index(tile % 2), EP * 64 * 128)
-            _gather(q, q_at, tile % 2 * EP, ready.index(tile % 2), order, i, stop, group * G, heads, GP, G, EP)
-            mbarrier.expect(ready.index(2), (EP + FP) * 64 * 128)
-            _column(k, k_at, ready.index(2), start + place, group * E, EP)
-            _column(v, v_at, ready.index(2), start + place, group * F, FP)
-            mbarrier.wait(ready.index(2), stretch & 1)
-            stretch += 1
-            while i < stop:
-                here, other = tile % 2, (tile + 1) % 2
-                mbarrier.wait(ready.index(here), (tile // 2) & 1)
-                s = gl.zeros([64, 64], gl.float32, sums)
-                for c in gl.static_range(EP):
-                    q1, k1 = q_at.index(here * EP + c), k_at.index(c).permute((1, 0))
-                    s = warpgroup_mma(q1, k1, s, use_acc=c > 0, is_async=True)
-                if i + BM < stop:
-                    tma.store_wait(0)
-                    mbarrier.expect(ready.index(other), EP * 64 * 128)
-                    _gather(q, q_at, other * EP, ready.index(other), order, i + BM, stop, group * G, heads, GP, G, EP)
-                s = warpgroup_mma_wait(0, [s])
-                peak = gl.max(s, 1) * scale
-                p = gl.exp2(s * scale - gl.expand_dims(peak, 1))
-                total = gl.sum(p, 1)
-                there = i + row // G < stop
-                pair = gl.load(order + i + row // G, mask=there, other=0)
-                gl.store(lse + (pair - first * GP) * G + row % G, peak + gl.log2(total), mask=there)
-                p = gl.convert_layout(p.to(q.dtype), weights)
-                share = gl.expand_dims(1.0 / total, 1)
-                for c in gl.static_range(FP):
-                    out = warpgroup_mma(p, v_at.index(c), gl.zeros([64, 64], gl.float32, sums), use_acc=False)
-                    q_at.index(here * EP + c).store((out * share).to(q.dtype))
-                fence_async_shared()
-                _scatter(o, q_at, here * EP, order, i, stop, first * GP, ends, G, FP)
-                tile += 1
-                i += BM
-        i = stop
-    tma.store_wait(0)
+    return (e, f) in ((64, 64), (128, 128), (192, 128)) and 16 <= heads // groups <= 64 and slc == BN.value
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-    pairs: Pairs, documents: Documents, sizes: Attention, c: int,
-) -> None:  # fmt: skip
-    """As `picked.attend`."""
-    (n, heads, e), (_, groups, f), blocks = q.shape, v.shape, documents.tiles(sizes.l_slc)
-    g, picks, count = heads // groups, o.shape[2], min(CHUNK, n - c * CHUNK)
-    out = o.view(-1, f)
-    _attend[triton.cdiv(count * picks, RUN), groups](
-        panels(q.reshape(-1, e), g), panels(k.reshape(n, -1), ROWS), panels(v.reshape(n, -1), ROWS), panels(out, g),
-        lse, pairs.keys, pairs.order, pairs.starts, documents.tokens, documents.count, e**-0.5 * LOG2E, c, c * CHUNK,
-        blocks, heads, len(out), G=g, GROUPS=groups, E=e, F=f, PICKS=picks, INITIAL=sizes.initial, RUN=RUN, num_warps=4,
+    q: Tensor, k: Tensor, v: Tensor, found: Visits, documents: Documents, slc: int, o: Tensor, lse: Tensor, chunk: int
+) -> None:
+    """Attention of the visits of a chunk, each to its blocks: o [chunk, h_kv, most, h / h_kv, dv], lse without dv.
+
+    q [n, h, dk], k [n, h_kv, dk] and v [n, h_kv, dv] are contiguous.
+    """
+    (n, heads, e), (_, groups, f), (e1, e2) = q.shape, v.shape, halves(q.shape[2])
+    g, rows = heads // groups, TEAMS.value * ROWS.value
+    size = rows // g
+    plan = visits.plan(found, documents, chunk, n, slc, size)
+    c = Sizes(
+        E=e1, E2=e2, F=f, G=g, GROUPS=groups, MOST=found.most, BM=size, WIDTH=plan.shape[1],
+        STAGES=min(8, (SHARED - BARRIERS - 2 * rows * e * 2) // (BN.value * (e + f) * 2)),
+    )  # fmt: skip
+    _attend[(min(multiprocessors(q.device), len(plan) - 1),)](
+        *boxes(q.view(-1, e), g), *columns(k, slc), columns(v, slc)[0], boxes(o.view(-1, f), g)[0], lse,
+        found.starts, plan, plan[-1], e**-0.5 * LOG2E, chunk, found.spans, chunk * CHUNK * groups * found.most,
+        o.numel() // f, c, num_warps=4, maxnreg=128,
     )  # fmt: skip

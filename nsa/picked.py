@@ -2,11 +2,15 @@
 
 The pairs (query, chosen block) of a chunk of queries are sorted by block and cut into runs of equal length, one for a
 program: however many queries choose a block, the work is even. A program gathers its queries a tile at a time and
-leaves for each pair a softmax over that block alone; a merge then joins a query's pairs, and the branches. Backward
-does the same: it leaves for each pair a part of dq, and for each stretch of a run in one block a part of dk and dv.
-Everything is summed in a fixed order. A chunk bounds what is held at once. Chosen blocks are whole and lie before the
-query: nothing is masked.
+leaves for each pair a softmax over that block alone; a merge then joins a query's parts, and the branches. On GPUs of
+sm_90 a part is a visit (visits.py), of several blocks. Backward leaves for each pair a part of dq, and for each stretch
+of a run in one block a part of dk and dv. Everything is summed in a fixed order. A chunk bounds what is held at once.
+Chosen blocks are whole and lie before the query: nothing is masked.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -14,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from configs.schema import Attention
-from nsa import hopper_picked
+from nsa import hopper_picked, visits
 from nsa.beside import Beside
 from nsa.memory import BACK_RUN, CHUNK
 from nsa.pairs import RUN, Pairs, sort
@@ -80,31 +84,29 @@ def _attend(
 
 @triton.jit(do_not_specialize=["first", "n"])
 def _merge(
-    chosen, o_part, lse_part, o, lse, gates, o_cmp, o_win, out, first, n,
-    GROUPS: tl.constexpr, PICKS: tl.constexpr, P: tl.constexpr, INITIAL: tl.constexpr, NONE: tl.constexpr,
-    G: tl.constexpr, F: tl.constexpr,
+    ends, o_part, lse_part, o, lse, gates, o_cmp, o_win, out, first, n,
+    GROUPS: tl.constexpr, PLACES: tl.constexpr, P: tl.constexpr, FIRST: tl.constexpr, G: tl.constexpr, F: tl.constexpr,
     BRANCHES: tl.constexpr, CMP: tl.constexpr, SLC: tl.constexpr, WIN: tl.constexpr,
 ):  # fmt: skip
-    """Joins the pairs of a query and KV head with what o and lse hold, in place, and the branches by their gates.
+    """Joins the parts of a query and KV head with what o and lse hold, in place, and the branches by their gates.
 
     CMP, SLC and WIN are the branches' places among the gates; -1 for one that is not there.
     """
-    head, f, pick = tl.arange(0, G), tl.arange(0, F), tl.arange(0, P)
+    head, f, place = tl.arange(0, G), tl.arange(0, F), tl.arange(0, P)
     local, group = tl.program_id(0), tl.program_id(1)
-    pair = (local * GROUPS + group) * PICKS
+    base = (local * GROUPS + group) * PLACES
     at = (first + local).to(tl.int64) * GROUPS + group
-    some = (pick >= INITIAL) & (pick < PICKS)
-    some &= tl.load(chosen + at * PICKS + pick, mask=some, other=NONE) != NONE
-    end = INITIAL + tl.sum(some.to(tl.int32), 0)  # what is missing is missing at the end
-    logs = tl.load(lse_part + (pair + pick[None, :]) * G + head[:, None], mask=some[None, :], other=float("-inf"))
+    end = tl.load(ends + at)
+    some = (place >= FIRST) & (place < end)
+    logs = tl.load(lse_part + (base + place[None, :]) * G + head[:, None], mask=some[None, :], other=float("-inf"))
     to_lse = lse + (group.to(tl.int64) * n + first + local) * G + head
     near = tl.load(to_lse)
     peak = tl.maximum(near, tl.max(logs, 1))
     whole = peak + tl.log2(tl.exp2(near - peak) + tl.sum(tl.exp2(logs - peak[:, None]), 1))
     tile = (at * G + head[:, None]) * F + f[None, :]
     acc = tl.load(o + tile).to(tl.float32) * tl.exp2(near - whole)[:, None]
-    for r in tl.range(INITIAL, end):
-        part = (pair + r) * G + head
+    for r in tl.range(FIRST, end):
+        part = (base + r) * G + head
         weight = tl.exp2(tl.load(lse_part + part) - whole)
         values = tl.load(o_part + part.to(tl.int64)[:, None] * F + f[None, :], eviction_policy="evict_first")
         acc += values.to(tl.float32) * weight[:, None]
@@ -120,8 +122,8 @@ def _merge(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-    pairs: Pairs, documents: Documents, sizes: Attention, c: int,
+    q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, documents: Documents, sizes: Attention,
+    o: Tensor, lse: Tensor, c: int,
 ) -> None:  # fmt: skip
     """Attention of the pairs of chunk c, each to its block: o [chunk, h_kv, picks, h / h_kv, dv], lse without dv."""
     (n, heads, e), (_, groups, f), slc = q.shape, v.shape, sizes.l_slc
@@ -132,6 +134,29 @@ def attend(
         G=g, GROUPS=groups, E=e1, E2=e2, F=f, PICKS=picks, INITIAL=sizes.initial, SLC=slc, BM=FORWARD.queries(g),
         RUN=RUN, EXACT=precision(q), **FORWARD.options,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Partial outputs of queries and KV heads, which are merged."""
+
+    places: int  # for those of a query and KV head
+    first: int  # place of them that is used
+    end: Tensor  # [n, h_kv] int32: the place after the last one
+    attend: Callable[[Tensor, Tensor, int], None]  # puts those of a chunk into o [chunk, h_kv, places, g, dv] and lse
+
+
+def _parts(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, documents: Documents, sizes: Attention) -> Parts:
+    """A part for each visit where there is a kernel for these, or for each pair."""
+    picks, initial, slc = chosen.shape[2], sizes.initial, sizes.l_slc
+    if picks > initial and hopper_picked.fits(q, v, slc):
+        found = visits.gather(chosen, documents, initial, slc)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # whole rows, not copied again for each chunk
+        how = partial(hopper_picked.attend, q, k, v, found, documents, slc)
+        return Parts(found.most, 0, found.counts, how)
+    pairs = sort(chosen, CHUNK, documents.tiles(slc))
+    how = partial(attend, q, k, v, pairs, documents, sizes)
+    return Parts(picks, initial, (chosen != NONE).sum(2, dtype=torch.int32), how)
 
 
 def forward(
@@ -145,22 +170,17 @@ def forward(
     from `score.choose`.
     """
     n, heads, _ = q.shape
-    _, groups, picks = chosen.shape
-    width, g, slc = v.shape[2], heads // groups, sizes.l_slc
+    groups, width = v.shape[1:]
+    g, size = heads // groups, min(CHUNK, n)
     o, at = outputs["slc"], {name: i for i, name in enumerate(outputs)}
-    out, size, blocks = torch.empty_like(o), min(CHUNK, n), documents.tiles(slc)
-    pairs = sort(chosen, CHUNK, blocks)
-    o_part = q.new_empty(size, groups, picks, g, width)
+    parts, out = _parts(q, k, v, chosen, documents, sizes), torch.empty_like(o)
+    o_part = q.new_empty(size, groups, parts.places, g, width)
     lse_part = q.new_empty(o_part.shape[:-1], dtype=torch.float32)
-    how = attend
-    if hopper_picked.fits(q, v, slc):  # it reads whole rows: copied here, not again for each chunk
-        how, q, k, v = hopper_picked.attend, q.contiguous(), k.contiguous(), v.contiguous()
     for c, first in enumerate(range(0, n, CHUNK)):
-        count = min(CHUNK, n - first)
-        how(q, k, v, o_part, lse_part, pairs, documents, sizes, c)
-        _merge[count, groups](
-            chosen, o_part, lse_part, o, lse, gates, outputs.get("cmp", o), outputs.get("win", o), out, first, n,
-            GROUPS=groups, PICKS=picks, P=triton.next_power_of_2(picks), INITIAL=sizes.initial, NONE=NONE, G=g, F=width,
+        parts.attend(o_part, lse_part, c)
+        _merge[min(CHUNK, n - first), groups](
+            parts.end, o_part, lse_part, o, lse, gates, outputs.get("cmp", o), outputs.get("win", o), out, first, n,
+            GROUPS=groups, PLACES=parts.places, P=triton.next_power_of_2(parts.places), FIRST=parts.first, G=g, F=width,
             BRANCHES=gates.shape[2], CMP=at.get("cmp", -1), SLC=at["slc"], WIN=at.get("win", -1), num_warps=4,
         )  # fmt: skip
     return out

@@ -106,12 +106,13 @@ def precision(x: Tensor) -> str:
 @triton.jit
 def locate(tile, starts, documents, SIZE: tl.constexpr):
     """(document, its first token in the pack, its length, the tile's place in it) of a tile."""
-    low = tile * 0
-    high = low + documents
-    while high - low > 1:
-        middle = (low + high) // 2
-        inside = tl.load(starts + middle) // SIZE + middle <= tile
+    low, step = tile * 0, 1
+    while step < documents:
+        step *= 2
+    while step > 1:
+        step //= 2
+        middle = tl.minimum(low + step, documents)
+        inside = (middle < documents) & (tl.load(starts + middle) // SIZE + middle <= tile)
         low = tl.where(inside, middle, low)
-        high = tl.where(inside, high, middle)
     start = tl.load(starts + low)
     return low, start, tl.load(starts + low + 1) - start, (tile - start // SIZE - low) * SIZE

@@ -61,6 +61,14 @@ def store(p: Pointer, value: Any, mask: Any = True) -> None:
     flat[at[there]] = torch.as_tensor(value).expand(at.shape)[there].to(flat.dtype)
 
 
+def add(p: Pointer, value: int) -> int:
+    """Of whole numbers; programs run one after the other, and no more than one warp of each adds."""
+    flat = p.memory.view(-1)
+    before = flat[p.at].item()
+    flat[p.at] += value
+    return before
+
+
 @dataclass
 class Shared:
     """A piece of shared memory."""
@@ -217,13 +225,14 @@ class Program:
         language = SimpleNamespace(
             program_id=lambda axis: self.place[axis], num_programs=lambda axis: self.grid[axis],
             warp_specialize=self.specialize, allocate_shared_memory=_allocate, load=load, store=store,
-            arange=lambda a, b, layout=None: _arange(a, b),
+            arange=lambda a, b, layout=None: _arange(a, b), atomic_add=add, num_warps=lambda: 4,
+            full=lambda shape, value, dtype, layout=None: values(torch.full(shape, value, dtype=dtype)),
             zeros=lambda shape, dtype, layout=None: values(torch.zeros(shape, dtype=dtype)),
             convert_layout=lambda x, layout: x, expand_dims=lambda x, axis: x.unsqueeze(axis), static_range=range,
             where=_where, maximum=_either(max, torch.maximum), minimum=_either(min, torch.minimum),
             max=lambda x, axis: values(x.amax(axis)), sum=lambda x, axis: values(x.sum(axis)),
-            exp2=torch.exp2, log2=torch.log2, float32=torch.float32, int64=torch.int64, constexpr=lambda x: x,
-            debug_barrier=lambda: None, **dict.fromkeys(LAYOUTS, lambda *_, **__: None),
+            exp2=torch.exp2, log2=torch.log2, float32=torch.float32, int32=torch.int32, int64=torch.int64,
+            constexpr=lambda x: x, debug_barrier=lambda: None, **dict.fromkeys(LAYOUTS, lambda *_, **__: None),
         )  # fmt: skip
         mbarrier = SimpleNamespace(
             init=self.init, expect=self.expect, arrive=self.arrive, wait=self.wait, MBarrierLayout=lambda: None
@@ -237,7 +246,14 @@ class Program:
         }  # fmt: skip
 
 
-LAYOUTS = ("SliceLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "DotOperandLayout")
+LAYOUTS = (
+    "BlockedLayout",
+    "SwizzledSharedLayout",
+    "SliceLayout",
+    "NVMMADistributedLayout",
+    "NVMMASharedLayout",
+    "DotOperandLayout",
+)
 
 
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:

@@ -21,9 +21,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from configs.schema import Attention, Branch
-from nsa import Documents, band, band_backward, hopper_band, hopper_picked, pairs, tiles
+from nsa import Documents, band, band_backward, hopper_band, hopper_picked, tiles
 from nsa.bands import bands
 from nsa.cases import Case, make_inputs
+from nsa.visits import Visits
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SETS = [["slc"], ["win"], ["cmp"], ["slc", "win"], ["cmp", "slc", "win"]]
@@ -111,10 +112,11 @@ def chosen(qk: int, v: int) -> str:
     case = Case("any", (1100, 33), 32, 2, qk, v, Attention())
     x = {name: t.detach() for name, t in make_inputs(case, torch.bfloat16).items()}
     documents = packed(case)
-    sorted_pairs = pairs.sort(torch.zeros(1133, 2, 14, dtype=torch.int32), 8192, documents.tiles(64))
-    o, lse = torch.empty(1133, 2, 14, 16, v, dtype=torch.bfloat16), torch.empty(1133, 2, 14, 16)
+    shape = {"order": 1133 * 2 * 13, "masks": 1133 * 2 * 13, "counts": (1133, 2), "starts": 2 * 20 + 1}
+    found = Visits(**{name: torch.zeros(size, dtype=torch.int32) for name, size in shape.items()}, most=13, spans=20)
+    o, lse = torch.empty(1133, 2, 13, 16, v, dtype=torch.bfloat16), torch.empty(1133, 2, 13, 16)
     q, k, v = x["q"], x["k_slc"], x["v_slc"]
-    ((_, ptx),) = compiled(lambda: hopper_picked.attend(q, k, v, o, lse, sorted_pairs, documents, case.sizes, 0))
+    _, (_, ptx) = compiled(lambda: hopper_picked.attend(q, k, v, found, documents, 64, o, lse, 0))
     return sass(ptx)
 
 

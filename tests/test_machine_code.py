@@ -25,18 +25,20 @@ def test_what_stays_in_a_loop_shares_no_register_with_what_does_not():
 
 
 def test_chosen_blocks_are_fetched_by_the_copy_engine_and_nothing_spills():
-    """For each width: loads (a block, and twice the queries of a tile, by panel), stores; STL would be a spill."""
+    """For each width: loads (queries of a tile in three places and a block, by panel), stores, waits for products (two
+    in each of three warpgroups: more if they ran one by one); STL would be a spill."""
     report = """
 import sys
 from triton.runtime import driver
 from tests import machine_code as m
 driver.set_active(m.Hopper())
 codes = [m.chosen(*widths) for widths in ((64, 64), (128, 128), (192, 128))]
-print(*([c.count(word) for c in codes] for word in ("UTMALDG", "UTMASTG", "STL")))
+words = ("UTMALDG", "UTMASTG", "WARPGROUP.DEPBAR", "STL", "LDL")
+print(*([c.count(word) for c in codes] for word in words))
 print(sum(c.count("HGMMA") for c in codes), "products", file=sys.stderr)
 """
-    loads, stores = [2 + 8, 4 + 16, 5 + 24], [4, 8, 8]
-    assert look("-c", report).stdout.strip() == f"{loads} {stores} {[0, 0, 0]}"
+    loads, stores, none = [3 * 12 + 2, 3 * 24 + 4, 3 * 36 + 5], [12, 24, 24], [0] * 3
+    assert look("-c", report).stdout.strip() == f"{loads} {stores} {[6] * 3} {none} {none}"
 
 
 def test_where_bands_are_multiplied_nothing_spills():

@@ -89,20 +89,27 @@ def test_ties_go_to_the_smaller_block():
     check_ties("cuda", BF16, Case("ties", (300,), 4, 1, 16, 16, sizes))
 
 
-@pytest.mark.parametrize("case", [WHOLE[4], WHOLE[9], WHOLE[14], *LARGE], ids=lambda case: case.name)
-def test_chosen_blocks_by_the_copy_engine_are_the_same_to_the_bit(case, monkeypatch):
+@pytest.mark.parametrize("case", [WHOLE[4], WHOLE[9], WHOLE[14], *LARGE[:3]], ids=lambda case: case.name)
+def test_chosen_blocks_by_the_copy_engine_are_the_same(case, monkeypatch):
+    """But for where sums are rounded: to a bit or two. And twice to the bit, whichever program took a tile."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs an H100 or H200")
-    x, outputs, calls = make_inputs(case, BF16, "cuda"), [], []
+    x, calls = make_inputs(case, BF16, "cuda"), []
+    kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in ("slc", "win")}
     for module in (hopper_picked, picked):
         works = module.attend
         monkeypatch.setattr(module, "attend", lambda *args, works=works: (calls.append(works.__module__), works(*args)))
-        kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in ("slc", "win")}
-        o = fused.nsa(x["q"], kv, x["k_cmp"], x["v_cmp"], x["gates"], case.cu_seqlens, case.sizes)
-        outputs.append(o.detach())
-        monkeypatch.setattr(hopper_picked, "fits", lambda *_: False)
-    assert calls == ["nsa.hopper_picked", "nsa.picked"]
-    assert torch.equal(*outputs)
+
+    def attend():
+        torch.empty(2**28, device="cuda").fill_(float("nan"))  # what partial outputs are put into
+        return fused.nsa(x["q"], kv, x["k_cmp"], x["v_cmp"], x["gates"], case.cu_seqlens, case.sizes).detach()
+
+    ours, again = attend(), attend()
+    monkeypatch.setattr(hopper_picked, "fits", lambda *_: False)
+    plain = attend()
+    assert calls == ["nsa.hopper_picked"] * 2 + ["nsa.picked"]
+    assert torch.equal(ours, again)
+    torch.testing.assert_close(ours, plain, rtol=0.016, atol=5e-3)
 
 
 BANDS = [

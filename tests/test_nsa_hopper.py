@@ -3,8 +3,6 @@
 test_nsa_gpu.py compares both where there is such a GPU, test_machine_code.py has what becomes of them there.
 """
 
-import itertools
-
 import pytest
 import torch
 from triton.experimental import gluon
@@ -13,11 +11,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 import tests.gluon
 from configs.schema import Attention
-from nsa import Documents, band, fused, hopper_band, hopper_picked, picked, tiles
+from nsa import Documents, band, fused, hopper_band, hopper_picked, tiles, visits
 from nsa.cases import Case, make_inputs
-from nsa.pairs import sort
-from nsa.score import NONE
+from nsa.hopper import boxes
 from tests.gluon import Emulated
+from tests.test_nsa_visits import choices, seen_by_visit
 
 pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="the interpreter is off where there is a GPU")
 
@@ -46,7 +44,7 @@ def test_bands(case, names, monkeypatch):
     expected = band.forward(x["q"].float(), exact, documents, case.sizes)
     monkeypatch.setattr(hopper_band, "fits", lambda *_: True)
     monkeypatch.setattr(hopper_band, "_forward", Emulated(hopper_band._forward))
-    monkeypatch.setattr(hopper_band, "_multiprocessors", lambda _: 2)
+    monkeypatch.setattr(hopper_band, "multiprocessors", lambda _: 2)
     for name, ours in band.forward(x["q"], kv, documents, case.sizes).items():
         for got, wanted in zip(ours, expected[name]):
             torch.testing.assert_close(got.float(), wanted, rtol=0.02, atol=5e-3)
@@ -54,29 +52,33 @@ def test_bands(case, names, monkeypatch):
 
 @pytest.mark.parametrize(("heads", "groups", "qk", "v"), [(16, 1, 64, 64), (64, 2, 192, 128)])
 def test_chosen_blocks(heads, groups, qk, v, monkeypatch):
-    """Queries choose any number of blocks; no pair is left out, and none of the first block, which others attend to."""
-    case = Case("chosen", (300, 1, 100), heads, groups, qk, v, Attention(n=5, local=1, initial=1))
+    """Queries choose any number of blocks; each visit is attended to whole, and what has none is not touched."""
+    case = Case("chosen", (500, 1, 300), heads, groups, qk, v, Attention(n=5, local=1, initial=1))
     x, documents = inputs(case)
-    n, g, picks, blocks = case.tokens, heads // groups, 4, documents.tiles(64)
-    chosen = torch.full((n, groups, picks), NONE, dtype=torch.int32)
-    generator = torch.Generator().manual_seed(0)
-    for t, group in itertools.product(range(192, 300), range(groups)):
-        count = int(torch.randint(1, picks + 1, (), generator=generator))
-        others = 1 + torch.randperm(3, generator=generator)[: count - 1]  # of the first document, as block 0
-        chosen[t, group, :count] = torch.tensor([0, *others]) + group * blocks
-    pairs = sort(chosen, 8192, blocks)
-
-    def attend(how, dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        o = torch.full((n, groups, picks, g, v), float("nan"), dtype=dtype)
-        lse = torch.full(o.shape[:-1], float("nan"))
-        q, k, values = (x[name].to(dtype) for name in ("q", "k_slc", "v_slc"))
-        how(q, k, values, o, lse, pairs, documents, case.sizes, 0)
-        return o.float(), lse
-
-    expected = attend(picked.attend, torch.float32)
+    chosen = choices(case, documents)
+    q, k, values = (x[f"{name}"] for name in ("q", "k_slc", "v_slc"))
+    for module in (hopper_picked, visits):  # so that visits of one span are of several blocks
+        monkeypatch.setattr(module, "CHUNK", 1024)
+    monkeypatch.setattr(visits, "SPANS", 2)
+    found = visits.gather(chosen, documents, 1, 64)
+    o = torch.full((case.tokens, groups, found.most, heads // groups, v), float("nan"), dtype=torch.bfloat16)
+    lse = torch.full(o.shape[:-1], float("nan"))
     monkeypatch.setattr(hopper_picked, "_attend", Emulated(hopper_picked._attend))
-    for got, wanted in zip(attend(hopper_picked.attend, torch.bfloat16), expected):
-        torch.testing.assert_close(got, wanted, rtol=0.02, atol=5e-3, equal_nan=True)
+    monkeypatch.setattr(hopper_picked, "multiprocessors", lambda _: 2)
+    hopper_picked.attend(q, k, values, found, documents, 64, o, lse, 0)
+    several = 0
+    for (t, group, place), blocks in seen_by_visit(case, chosen, documents, visits.span(0, documents, 64)).items():
+        tokens = torch.cat([torch.arange(b, b + 64) for b in blocks])
+        heads_of = slice(group * (heads // groups), (group + 1) * (heads // groups))
+        s = q[t, heads_of].float() @ k[tokens, group].float().T * qk**-0.5
+        torch.testing.assert_close(lse[t, group, place], s.logsumexp(1) * tiles.LOG2E, rtol=1e-3, atol=1e-3)
+        expected = s.softmax(1) @ values[tokens, group].float()
+        torch.testing.assert_close(o[t, group, place].float(), expected, rtol=0.02, atol=5e-3)
+        o[t, group, place] = lse[t, group, place] = float("nan")
+        several += len(blocks) > 1
+    assert several > 50
+    assert o.isnan().all()
+    assert lse.isnan().all()
 
 
 @gluon.jit
@@ -96,7 +98,7 @@ def _copied(x, y, bytes, parity, WAITS: gl.constexpr, SENT: gl.constexpr):
 def copy(bytes: int = 1024, parity: int = 0, waits: bool = True, sent: bool = True) -> bool:
     """Whether a copy through shared memory is right; NaN where it was not waited for."""
     x, y = torch.randn(8, 64).bfloat16(), torch.zeros(8, 64).bfloat16()
-    Emulated(_copied)[(1,)](*(hopper_picked.panels(t, 8) for t in (x, y)), bytes, parity, waits, sent)
+    Emulated(_copied)[(1,)](*(boxes(t, 8)[0] for t in (x, y)), bytes, parity, waits, sent)
     assert torch.equal(x, y) or y.isnan().all()
     return torch.equal(x, y)
 

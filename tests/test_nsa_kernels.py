@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.errors import ConfigError
 from configs.schema import Attention, Backend, Branch, Compression
-from nsa import Documents, NSACore, fused, hopper_picked, nsa_attention, picked, reference
+from nsa import Documents, NSACore, fused, hopper_picked, nsa_attention, picked, reference, visits
 from nsa.cases import CASES, Case, make_inputs
 from nsa.compress import block_linear
 from parallel.rope import Rope
@@ -212,20 +212,21 @@ def test_what_the_kernels_do_not_take_is_named(changes, reason):
 @interpreted
 def test_the_copy_engine_gets_whole_rows_that_are_made_once(monkeypatch):
     """In a run values lie among those of other branches, and a copy for each chunk would be all of them again."""
-    x, works, seen = make_inputs(SMALL, torch.float32), picked.attend, []
+    x, seen = make_inputs(SMALL, torch.float32), []
     among = torch.stack([x["v_slc"]] * 2, 2)[:, :, 1]
     assert not among.is_contiguous()
 
-    def attend(q, k, v, *args):
+    def attend(q, k, v, found, documents, slc, o, lse, chunk):
         seen.append([t.data_ptr() for t in (q, k, v)])
         assert all(t.is_contiguous() for t in (q, k, v))
-        works(q, k, v, *args)
+        o.zero_(), lse.zero_()
 
-    monkeypatch.setattr(picked, "CHUNK", 16)
+    for module in (picked, visits):
+        monkeypatch.setattr(module, "CHUNK", 16)
     monkeypatch.setattr(hopper_picked, "fits", lambda *_: True)
     monkeypatch.setattr(hopper_picked, "attend", attend)
     kv = {"slc": (x["k_slc"], among), "win": (x["k_win"], x["v_win"])}
-    fused.nsa(x["q"], kv, x["k_cmp"], x["v_cmp"], x["gates"], SMALL.cu_seqlens, SMALL.sizes)
+    fused.nsa(x["q"], kv, x["k_cmp"], x["v_cmp"], x["gates"], SMALL.cu_seqlens, replace(SIZES, n=2, local=1, initial=0))
     assert len(seen) > 1
     assert all(one == seen[0] for one in seen)
 

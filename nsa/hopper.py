@@ -1,0 +1,31 @@
+"""What kernels for GPUs with a copy engine (sm_90) share on the host, in Gluon's terms."""
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nsa.tiles import halves
+
+SHARED = 232_448  # bytes of shared memory that a program may have
+BARRIERS = 1_024  # of them kept for barriers, and for the start of a panel
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; elsewhere, where kernels are only compiled, 1."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def boxes(x: Tensor, rows: int) -> list[TensorDescriptor]:
+    """What loads `rows` rows of x [rows, channels], for the `halves` of a head's channels."""
+    layout = gl.NVMMASharedLayout(128, 16, 2)
+    e, e2 = halves(x.shape[1])
+    return [TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, width], layout) for width in (e, e2 or e)]
+
+
+def columns(x: Tensor, rows: int) -> list[TensorDescriptor]:
+    """As `tiles.columns`."""
+    n, heads, e = x.shape
+    layout, shape = gl.NVMMASharedLayout(128, 16, 2), [n, (heads - 1) * x.stride(1) + e]
+    e, e2 = halves(e)
+    return [TensorDescriptor(x, shape, [x.stride(0), 1], [rows, width], layout) for width in (e, e2 or e)]

@@ -1,0 +1,154 @@
+"""The chosen blocks of queries gathered into visits: what a query and KV head chose of one span of adjacent blocks.
+
+A visit leaves one partial output, however many blocks it has, and writing and reading these is what attention to chosen
+blocks spends its time on. The visits of a span are sorted by their blocks and cut into tiles, so that a tile goes
+through few blocks besides those that all of it chose.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.memory import CHUNK
+from nsa.score import NONE
+from nsa.tiles import Documents, locate
+
+WIDEST = 32  # blocks of a span: the bits of a mask
+SPANS = 14  # of the blocks that a chunk's last query sees: its choices, 13 by default, often meet in one of these
+DIGITS = 3  # blocks of a visit that it is sorted by
+LAST = 2**30  # beside the bits of visits: a tile's last block
+HEAD = 4  # numbers of a plan's row before its visits
+GATHER = 8  # (query, KV head) of a program
+
+
+@dataclass(frozen=True)
+class Visits:
+    """All visits in order of (chunk, KV head, span, blocks)."""
+
+    order: Tensor  # [n * h_kv * most] int32: which visit, (token * h_kv + KV head) * most + its place there
+    masks: Tensor  # [n * h_kv * most] int32, by visit: a bit for each block of the span
+    counts: Tensor  # [n, h_kv] int32: visits of a query and KV head
+    starts: Tensor  # [chunks * h_kv * spans + 1] int32: where in order the visits of a span start
+    most: int  # visits of a query and KV head
+    spans: int  # of a chunk and KV head, the empty ones included
+
+
+@triton.jit(do_not_specialize=["first", "end", "chunk", "span", "blocks", "spans"])
+def _gather(
+    chosen, keys, masks, counts, first, end, chunk, span, blocks, spans,
+    GROUPS: tl.constexpr, PICKS: tl.constexpr, INITIAL: tl.constexpr, NONE: tl.constexpr, WIDEST: tl.constexpr,
+    DIGITS: tl.constexpr, P: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """The visits of BR rows (query, KV head), their keys by place and then by their first blocks."""
+    MOST: tl.constexpr = PICKS - INITIAL
+    row, pick = first + tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, P)
+    at, group = (row.to(tl.int64) * PICKS + INITIAL)[:, None], (row % GROUPS)[:, None]
+    real = (row < end)[:, None] & (pick < MOST)[None, :]
+    x = tl.load(chosen + at + pick[None, :], mask=real, other=NONE)
+    place, cell = (x - group * blocks) // span, (x - group * blocks) % span
+    leads, mask = x != NONE, tl.zeros([BR, P], tl.int32)
+    for i in tl.static_range(MOST):
+        y = tl.load(chosen + at + i, mask=(row < end)[:, None], other=NONE)
+        together = (y != NONE) & ((y - group * blocks) // span == place)
+        mask |= tl.where(together, 1 << (y - group * blocks) % span, 0)
+        leads &= (together & (y < x)) == 0
+    key, rest = ((chunk * GROUPS + group) * spans + place) * WIDEST + cell, mask & (mask - 1)
+    for _ in tl.static_range(DIGITS - 1):  # the next bit's place is the exponent of what it is worth
+        bit = (rest & -rest).to(tl.float32).to(tl.int32, bitcast=True) >> 23 & 255
+        cell = tl.where(rest != 0, bit - 127, cell)
+        key, rest = key * WIDEST + cell, rest & (rest - 1)
+    slot, count = tl.cumsum(leads.to(tl.int32), 1) - 1, tl.sum(leads.to(tl.int32), 1)
+    to = (row.to(tl.int64) * MOST)[:, None]
+    tl.store(keys + to + slot, key, mask=leads)
+    tl.store(masks + to + slot, mask, mask=leads)
+    tl.store(keys + to + pick[None, :], NONE, mask=real & (pick[None, :] >= count[:, None]))
+    tl.store(counts + row, count, mask=row < end)
+
+
+@triton.jit
+def tiles_of(starts, chunk, spans, GROUPS: tl.constexpr, BM: tl.constexpr):
+    """Tiles of a chunk, the empty ones included."""
+    at = starts + chunk * GROUPS * spans
+    return tl.load(at + GROUPS * spans) // BM - tl.load(at) // BM + GROUPS * spans
+
+
+@triton.jit(do_not_specialize=["documents", "chunk", "span", "spans"])
+def _plan(
+    order, masks, starts, plan, tokens, documents, chunk, span, spans,
+    GROUPS: tl.constexpr, SLC: tl.constexpr, WIDEST: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr,
+    LAST: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Of `plan` a tile of BM visits."""
+    tile = tl.program_id(0)
+    if tile == 0:
+        tl.store(plan + tl.num_programs(0) * WIDTH, 0)
+    if tile >= tiles_of(starts, chunk, spans, GROUPS, BM):
+        return
+    starts += chunk * GROUPS * spans
+    place, first, length, inside = locate(tile + tl.load(starts) // BM, starts, GROUPS * spans, BM)
+    row, there = plan + tile * WIDTH, tl.minimum(length - inside, BM)
+    visit, bit = tl.arange(0, BP), tl.arange(0, WIDEST)
+    at = order + first + inside + tl.minimum(visit, there - 1)  # past the end the last one again
+    which = tl.load(at, mask=there > 0, other=0)
+    mask = tl.load(masks + which, mask=visit < there, other=0)
+    who = tl.sum((mask[:, None] >> bit[None, :] & 1) << visit[:, None], 0)
+    some = who != 0
+    _, start, _, offset = locate(place % spans * span + bit, tokens, documents, SLC)
+    tl.store(row, tl.sum(some.to(tl.int32), 0))
+    tl.store(row + 1, there)
+    tl.store(row + 2, place // spans)
+    tl.store(row + HEAD + visit, which, mask=visit < BM)
+    to = row + HEAD + BM + 2 * (tl.cumsum(some.to(tl.int32), 0) - 1)
+    tl.store(to, start + offset, mask=some)
+    tl.store(to + 1, who | tl.where(bit == tl.max(tl.where(some, bit, -1), 0), LAST, 0), mask=some)
+
+
+def span(chunk: int, documents: Documents, slc: int) -> int:
+    """Blocks of a span in a chunk."""
+    return max(1, min(WIDEST, min(documents.longest, (chunk + 1) * CHUNK) // slc // SPANS))
+
+
+def gather(chosen: Tensor, documents: Documents, initial: int, slc: int) -> Visits:
+    """The visits of chosen [n, h_kv, picks] from `score.choose` but its first `initial`."""
+    n, groups, picks = chosen.shape
+    chunks, blocks, most = triton.cdiv(n, CHUNK), documents.tiles(slc), picks - initial
+    spans = blocks // span(0, documents, slc) + 1
+    digits = DIGITS
+    while digits > 1 and chunks * groups * spans * WIDEST**digits >= 2**31:
+        digits -= 1
+    keys, masks = (torch.empty(n * groups * most, dtype=torch.int32, device=chosen.device) for _ in range(2))
+    counts = torch.empty(n, groups, dtype=torch.int32, device=chosen.device)
+    for c in range(chunks):
+        first, end = c * CHUNK * groups, min(n, (c + 1) * CHUNK) * groups
+        _gather[(triton.cdiv(end - first, GATHER),)](
+            chosen, keys, masks, counts, first, end, c, span(c, documents, slc), blocks, spans,
+            GROUPS=groups, PICKS=picks, INITIAL=initial, NONE=NONE, WIDEST=WIDEST, DIGITS=digits,
+            P=triton.next_power_of_2(most), BR=GATHER, num_warps=4,
+        )  # fmt: skip
+    keys, order = torch.sort(keys, stable=True)
+    every = torch.arange(chunks * groups * spans + 1, dtype=torch.int32, device=chosen.device) * WIDEST**digits
+    return Visits(order.int(), masks, counts, torch.searchsorted(keys, every, out_int32=True), most, spans)
+
+
+def plan(visits: Visits, documents: Documents, chunk: int, n: int, slc: int, size: int) -> Tensor:
+    """What tiles of `size` visits of a chunk go through: [tiles + 1, numbers] int32.
+
+    Of each the number of its blocks (0 for an empty tile) and of its visits, and its KV head; from HEAD on its visits,
+    and then for each block the token where it starts and a bit for each visit that chose it, LAST beside those of the
+    last block. A 0 follows, for programs to count the tiles that are taken.
+    """
+    groups = visits.counts.shape[1]
+    count = min(CHUNK, n - chunk * CHUNK) * groups * visits.most
+    tiles = triton.cdiv(count, size) + groups * visits.spans
+    width = triton.cdiv(HEAD + size + 2 * WIDEST, 4) * 4
+    out = torch.empty(tiles + 1, width, dtype=torch.int32, device=visits.order.device)
+    _plan[(tiles,)](
+        visits.order, visits.masks, visits.starts, out, documents.tokens, documents.count, chunk,
+        span(chunk, documents, slc), visits.spans,
+        GROUPS=groups, SLC=slc, WIDEST=WIDEST, HEAD=HEAD, WIDTH=width, LAST=LAST, BM=size,
+        BP=triton.next_power_of_2(size), num_warps=1,
+    )  # fmt: skip
+    return out
