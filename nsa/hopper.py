@@ -1,14 +1,29 @@
-"""What kernels for GPUs with a copy engine (sm_90) share on the host, in Gluon's terms."""
+"""What kernels for GPUs with a copy engine and warpgroup products (sm_90) share, in Gluon."""
 
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.tiles import halves
 
 SHARED = 232_448  # bytes of shared memory that a program may have
 BARRIERS = 1_024  # of them kept for barriers, and for the start of a panel
+
+
+@gluon.jit
+def tell(bar):
+    """Arrives at a barrier once all warps of this partition have come here."""
+    tl.debug_barrier()
+    mbarrier.arrive(bar, count=1)
+
+
+def takes(q: Tensor) -> bool:
+    """Whether q is on such a GPU, in 16 bit."""
+    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.element_size() == 2
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -8,7 +8,6 @@ and takes tile after tile.
 
 from dataclasses import dataclass
 
-import torch
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -23,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from configs.schema import Attention, Branch
 from nsa.bands import SHORT_BAND, bands, beyond, edges, lowest, tile_at
-from nsa.hopper import BARRIERS, SHARED, boxes, columns, multiprocessors
+from nsa.hopper import BARRIERS, SHARED, boxes, columns, multiprocessors, takes, tell
 from nsa.memory import everything
 from nsa.tiles import LOG2E, Documents, halves, locate
 
@@ -159,13 +158,6 @@ def _load(q, q_rest, kv, strides, tokens, blocks, documents, heads, tiles, memor
 
 
 @gluon.jit
-def _free(bar):
-    """Tells the loading warp that a place in shared memory was read; all four warps must have done so."""
-    tl.debug_barrier()
-    mbarrier.arrive(bar, count=1)
-
-
-@gluon.jit
 def _scores(team: gl.constexpr, slot, s, memory, C: gl.constexpr):
     """Starts s = q k^T."""
     q_at, q2_at, k_at, k2_at = memory[:4]
@@ -214,7 +206,7 @@ def _attend(team: gl.constexpr, branch, turn, place, length, scale, memory, bars
     mbarrier.wait(ready.index(slot), turn // C.STAGES & 1)
     s = _scores(team, slot, gl.zeros([ROWS, BN], gl.float32, sums), memory, C)
     s = warpgroup_mma_wait(0, [s])
-    _free(empty.index(slot))
+    tell(empty.index(slot))
     p, _, peak, total = _weigh(s, 0, peak, total, scale, t, branch, tiles, v_at.dtype, C)
     for i in range(1, count):  # the values of a tile with the keys of the next: two products at once
         slot = (turn + i) % C.STAGES
@@ -224,7 +216,7 @@ def _attend(team: gl.constexpr, branch, turn, place, length, scale, memory, bars
         s = warpgroup_mma_wait(1, [s])
         weights, shrink, peak, total = _weigh(s, i, peak, total, scale, t, branch, tiles, v_at.dtype, C)
         acc, p = warpgroup_mma_wait(0, [acc, p])
-        _free(empty.index(slot))
+        tell(empty.index(slot))
         acc *= shrink
         p = weights
     turn += count
@@ -232,7 +224,7 @@ def _attend(team: gl.constexpr, branch, turn, place, length, scale, memory, bars
     mbarrier.wait(ready.index(slot), turn // C.STAGES & 1)
     acc = warpgroup_mma(p, v_at.index(slot), acc, is_async=True)
     acc = warpgroup_mma_wait(0, [acc])
-    _free(empty.index(slot))
+    tell(empty.index(slot))
     some = total > 0
     total = gl.where(some, total, 1.0)
     share = gl.where(some, 1.0 / total, 0.0)
@@ -285,7 +277,7 @@ def _compute(
                         _store(o2, lse2, log, team, o_at, start, place, length, n, heads, head, ends, C.G, C)
                     else:
                         _store(o3, lse3, log, team, o_at, start, place, length, n, heads, head, ends, C.G, C)
-            _free(q_empty)
+            tell(q_empty)
         item += gl.num_programs(0)
     tma.store_wait(0)
 
@@ -336,10 +328,8 @@ def _forward(
 
 def fits(q: Tensor, v: Tensor, group: int) -> bool:
     """Whether `forward` can have q [n, h, dk] and v [n, h_kv, dv] with so many heads to a KV head."""
-    if not (q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.element_size() == 2):
-        return False
     e, f = q.shape[2], v.shape[2]
-    return e in (64, 128, 192) and f in (64, 128) and 8 <= group <= ROWS.value
+    return takes(q) and e in (64, 128, 192) and f in (64, 128) and 8 <= group <= ROWS.value
 
 
 def forward(q: Tensor, kv: dict, out: dict, documents: Documents, sizes: Attention) -> None:

@@ -1,16 +1,14 @@
 """Attention to the chosen blocks for GPUs with a copy engine and warpgroup products (sm_90), in Gluon.
 
-It is for 16-bit heads of whole panels of 64 channels and groups of 16 to 64 heads. A tile of visits stays while the
-blocks that any of them chose come by, and softmax goes on from block to block. Some warpgroups compute, each for visits
-of its own, and pass over blocks that none of these chose. One warp has the copy engine gather queries and scatter
-outputs, all heads of a query at once; outputs take the place of queries in shared memory. Another one has it fetch
-blocks, and a third takes tiles: a program stays and goes from tile to tile.
+It is for 16-bit heads of 64 and 128 channels, or 192 with values of 128, and groups of 16 to 64 heads. A tile of
+visits stays while the blocks that any of them chose come by, and softmax goes on from block to block. Some warpgroups
+compute, each for visits of its own, and pass over blocks that none of these chose. One warp has the copy engine
+gather queries and scatter outputs, all heads of a query at once; outputs take the place of queries in shared memory.
+Another one has it fetch blocks, and a third takes tiles: a program stays and goes from tile to tile.
 """
 
 from dataclasses import dataclass
 
-import torch
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -23,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa import visits
-from nsa.hopper import BARRIERS, SHARED, boxes, columns, multiprocessors
+from nsa.hopper import BARRIERS, SHARED, boxes, columns, multiprocessors, takes, tell
 from nsa.memory import CHUNK
 from nsa.tiles import LOG2E, Documents, halves
 from nsa.visits import Visits, tiles_of
@@ -163,13 +161,6 @@ def _load(k, k_rest, v, plan, tiles, memory, bars, C: gl.constexpr):
 
 
 @gluon.jit
-def _tell(bar):
-    """Arrives at a barrier once all four warps have come here."""
-    tl.debug_barrier()
-    mbarrier.arrive(bar, count=1)
-
-
-@gluon.jit
 def _compute(team: gl.constexpr, lse, plan, tiles, first_visit, scale, memory, bars, C: gl.constexpr):
     """What a warpgroup does."""
     q_at, q2_at, k_at, k2_at, v_at, which, chosen_by = memory
@@ -215,14 +206,14 @@ def _compute(team: gl.constexpr, lse, plan, tiles, first_visit, scale, memory, b
                 p = gl.convert_layout(p.to(v_at.dtype), gl.DotOperandLayout(0, outs, 2))
                 acc = warpgroup_mma(p, v_at.index(stage), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, [acc])
-            _tell(empty.index(stage))
+            tell(empty.index(stage))
             turn += 1
         share = gl.where(total > 0, 1.0 / total, 0.0)
         log = peak + gl.log2(total)
         acc *= gl.convert_layout(share, gl.SliceLayout(1, outs))[:, None]
         q_at.index(slot).store(acc.to(q_at.dtype))
         fence_async_shared()
-        _tell(o_ready.index(done % 2))
+        tell(o_ready.index(done % 2))
         gl.store(lse + visit * C.G + head, log, mask=mine < size)
         done += 1
         mbarrier.wait(q_ready.index(done % 2), done // 2 & 1)
@@ -283,10 +274,8 @@ def _attend(
 
 def fits(q: Tensor, v: Tensor, slc: int) -> bool:
     """Whether `attend` can have q [n, h, dk] and v [n, h_kv, dv] with blocks of so many tokens."""
-    if not (q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.element_size() == 2):
-        return False
     (_, heads, e), (_, groups, f) = q.shape, v.shape
-    return (e, f) in ((64, 64), (128, 128), (192, 128)) and 16 <= heads // groups <= 64 and slc == BN.value
+    return takes(q) and e in (64, 128, 192) and f == halves(e)[0] and 16 <= heads // groups <= 64 and slc == BN.value
 
 
 def attend(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import nsa
-from nsa import band, band_backward, gates, picked, score, tiles
+from nsa import band, band_backward, gates, picked, score, tiles, visits
 from nsa.bands import bands
 from nsa.beside import Beside
 from nsa.core import NSACore
@@ -72,7 +72,10 @@ def parts(core: NSACore, x: dict[str, Tensor], do: Tensor, documents: nsa.Docume
         "chosen": chosen_blocks,
         "compression": lambda: torch.autograd.grad(compressed, leaves, back, retain_graph=True),
     }
-    inside: Calls = {"sort": lambda: picked.sort(chosen, picked.CHUNK, found.tiles(a.l_slc))}
+    inside: Calls = {
+        "pairs": lambda: picked.sort(chosen, picked.CHUNK, found.tiles(a.l_slc)),
+        "visits": lambda: visits.gather(chosen, found, a.initial, a.l_slc),
+    }
     for name, label in (("cmp", "compressed"), ("slc", "near"), ("win", "window")):
         inside |= {
             f"{label} fwd": lambda n=name: band.forward(q, {n: kv[n]}, found, a),

@@ -1,4 +1,4 @@
-"""Attention to the chosen blocks, block by block: a block is read once for all queries of a chunk that chose it.
+"""Attention to the chosen blocks, block by block: one is read once for a run of queries that chose it.
 
 The pairs (query, chosen block) of a chunk of queries are sorted by block and cut into runs of equal length, one for a
 program: however many queries choose a block, the work is even. A program gathers its queries a tile at a time and

@@ -20,7 +20,7 @@ WIDEST = 32  # blocks of a span: the bits of a mask
 SPANS = 14  # of the blocks that a chunk's last query sees: its choices, 13 by default, often meet in one of these
 DIGITS = 3  # blocks of a visit that it is sorted by
 LAST = 2**30  # beside the bits of visits: a tile's last block
-HEAD = 4  # numbers of a plan's row before its visits
+HEAD = 3  # numbers of a plan's row before its visits
 GATHER = 8  # (query, KV head) of a program
 
 
@@ -143,7 +143,7 @@ def plan(visits: Visits, documents: Documents, chunk: int, n: int, slc: int, siz
     groups = visits.counts.shape[1]
     count = min(CHUNK, n - chunk * CHUNK) * groups * visits.most
     tiles = triton.cdiv(count, size) + groups * visits.spans
-    width = triton.cdiv(HEAD + size + 2 * WIDEST, 4) * 4
+    width = triton.cdiv(HEAD + size + 2 * WIDEST, 4) * 4  # 16 bytes: what is aligned otherwise is compiled anew
     out = torch.empty(tiles + 1, width, dtype=torch.int32, device=visits.order.device)
     _plan[(tiles,)](
         visits.order, visits.masks, visits.starts, out, documents.tokens, documents.count, chunk,

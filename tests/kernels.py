@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.schema import Backend, Branch
-from nsa import nsa_attention, reference
+from nsa import Documents, nsa_attention, reference, tiles
 from nsa.cases import Case, make_inputs
 
 FLOOR = {torch.bfloat16: 1e-3, torch.float16: 1e-4, torch.float32: 2e-6}  # relative errors that are none
@@ -27,6 +27,12 @@ def attend(case: Case, x: dict[str, Tensor], backend: Backend = Backend.triton) 
     kv = {b.value: (x[f"k_{b.value}"], x[f"v_{b.value}"]) for b in sizes.branches if b is not Branch.cmp}
     gates = x["gates"][..., : len(sizes.branches)]
     return nsa_attention(x["q"], kv, x["k_cmp"], x["v_cmp"], gates, case.cu_seqlens, sizes)
+
+
+def packed(case: Case, device: str = "cpu") -> tiles.Documents:
+    """The documents of a case as kernels take them."""
+    starts = Documents.of(case.cu_seqlens, torch.device(device)).blocks(case.sizes.l, case.sizes.d).starts
+    return tiles.Documents.of(case.cu_seqlens, starts)
 
 
 def results(case: Case, x: dict[str, Tensor], do: Tensor, backend: Backend = Backend.triton) -> dict[str, Tensor]:

@@ -21,10 +21,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from configs.schema import Attention, Branch
-from nsa import Documents, band, band_backward, hopper_band, hopper_picked, tiles
+from nsa import band, band_backward, hopper_band, hopper_picked
 from nsa.bands import bands
 from nsa.cases import Case, make_inputs
 from nsa.visits import Visits
+from tests.kernels import packed
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SETS = [["slc"], ["win"], ["cmp"], ["slc", "win"], ["cmp", "slc", "win"]]
@@ -88,11 +89,6 @@ def inner_loops(code: str) -> list[str]:
     spans = [(i, j) for i, j in jumps if i < j and any("HGMMA" in line for line in lines[i:j])]
     within = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
     return ["\n".join(lines[i:j]) for i, j in sorted(within, key=lambda s: s[1] - s[0])]
-
-
-def packed(case: Case) -> tiles.Documents:
-    starts = Documents.of(case.cu_seqlens, torch.device("cpu")).blocks(32, 16).starts
-    return tiles.Documents.of(case.cu_seqlens, starts)
 
 
 def kernels(names: list[str], width: int) -> list[tuple[str, str]]:

@@ -11,8 +11,20 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import Attention, Backend, Branch, Compression
-from nsa import Documents, NSACore, band, fused, hopper_band, hopper_picked, nsa_attention, picked, reference, tiles
+from nsa import (
+    Documents,
+    NSACore,
+    band,
+    fused,
+    hopper_band,
+    hopper_picked,
+    nsa_attention,
+    picked,
+    reference,
+    visits,
+)
 from nsa.cases import ABLATIONS, CASES, LARGE, WHOLE, Case, fitted, make_inputs
+from nsa.memory import everything
 from parallel.rope import Rope
 from tests import kernels, ranks, tiny
 from tests.test_nsa_kernels import check_block_linear, check_causal, check_ties, core_results
@@ -90,10 +102,14 @@ def test_ties_go_to_the_smaller_block():
 
 
 @pytest.mark.parametrize("case", [WHOLE[4], WHOLE[9], WHOLE[14], *LARGE[:3]], ids=lambda case: case.name)
-def test_chosen_blocks_by_the_copy_engine_are_the_same(case, monkeypatch):
+@pytest.mark.parametrize(("spans", "chunk"), [(visits.SPANS, picked.CHUNK), (2, 512)])
+def test_chosen_blocks_by_the_copy_engine_are_the_same(case, spans, chunk, monkeypatch):
     """But for where sums are rounded: to a bit or two. And twice to the bit, whichever program took a tile."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs an H100 or H200")
+    monkeypatch.setattr(visits, "SPANS", spans)
+    for module in (picked, visits, hopper_picked):
+        monkeypatch.setattr(module, "CHUNK", chunk)
     x, calls = make_inputs(case, BF16, "cuda"), []
     kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in ("slc", "win")}
     for module in (hopper_picked, picked):
@@ -107,7 +123,8 @@ def test_chosen_blocks_by_the_copy_engine_are_the_same(case, monkeypatch):
     ours, again = attend(), attend()
     monkeypatch.setattr(hopper_picked, "fits", lambda *_: False)
     plain = attend()
-    assert calls == ["nsa.hopper_picked"] * 2 + ["nsa.picked"]
+    chunks = -(-case.tokens // chunk)
+    assert calls == ["nsa.hopper_picked"] * 2 * chunks + ["nsa.picked"] * chunks
     assert torch.equal(ours, again)
     torch.testing.assert_close(ours, plain, rtol=0.016, atol=5e-3)
 
@@ -130,9 +147,7 @@ def test_bands_by_the_copy_engine_are_the_same(case, names, monkeypatch):
         pytest.skip("needs an H100 or H200")
     x, sizes, worked = make_inputs(case, BF16, "cuda"), case.sizes, []
     x = {name: t.detach() for name, t in x.items()}
-    cut = tiles.Documents.of(
-        case.cu_seqlens, Documents.of(case.cu_seqlens, x["q"].device).blocks(sizes.l, sizes.d).starts
-    )
+    cut = kernels.packed(case, "cuda")
     kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in names}
     works = hopper_band.forward
     monkeypatch.setattr(hopper_band, "forward", lambda *args: (worked.append(len(args[1])), works(*args)))
@@ -146,7 +161,7 @@ def test_bands_by_the_copy_engine_are_the_same(case, names, monkeypatch):
 
 
 def test_no_output_depends_on_later_tokens():
-    check_causal("cuda", BF16, Case("causal", (701, 90), 4, 2, 64, 64, Attention()), 333)
+    check_causal("cuda", BF16, Case("causal", (1701, 90), 32, 2, 64, 64, Attention()), 1333)
 
 
 def test_a_gpu_takes_the_kernels_unless_told_not_to(monkeypatch):
@@ -163,7 +178,8 @@ def test_a_gpu_takes_the_kernels_unless_told_not_to(monkeypatch):
         kernels.attend(odd, make_inputs(odd, FP32, "cuda"), Backend.auto)
 
 
-EVERYDAY = Case("everyday", (700, 1, 323), 4, 1, 64, 64, Attention())
+EVERYDAY = Case("everyday", (1700, 1, 323), 16, 1, 64, 64, Attention())  # long enough to choose blocks
+assert EVERYDAY.lengths[0] > everything(EVERYDAY.sizes)
 
 
 def test_compiled_whole_it_is_the_same():
@@ -186,7 +202,7 @@ def test_the_host_never_waits():
     core = NSACore(Attention(), 64, 64).to("cuda", BF16)
     for p in core.parameters():
         torch.nn.init.normal_(p, std=0.02)
-    rope = Rope(64, 1024, 1e4, torch.device("cuda"))
+    rope = Rope(64, 2048, 1e4, torch.device("cuda"))
     n, heads = EVERYDAY.tokens, EVERYDAY.heads
 
     def step():

@@ -11,10 +11,12 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 import tests.gluon
 from configs.schema import Attention
-from nsa import Documents, band, fused, hopper_band, hopper_picked, tiles, visits
+from nsa import band, fused, hopper_band, hopper_picked, tiles, visits
 from nsa.cases import Case, make_inputs
 from nsa.hopper import boxes
+from nsa.score import NONE
 from tests.gluon import Emulated
+from tests.kernels import packed
 from tests.test_nsa_visits import choices, seen_by_visit
 
 pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="the interpreter is off where there is a GPU")
@@ -30,9 +32,7 @@ BANDS = [
 
 
 def inputs(case: Case) -> tuple[dict[str, torch.Tensor], tiles.Documents]:
-    x = {name: t.detach() for name, t in make_inputs(case, torch.bfloat16).items()}
-    blocks = Documents.of(case.cu_seqlens, x["q"].device).blocks(case.sizes.l, case.sizes.d)
-    return x, tiles.Documents.of(case.cu_seqlens, blocks.starts)
+    return {name: t.detach() for name, t in make_inputs(case, torch.bfloat16).items()}, packed(case)
 
 
 @pytest.mark.parametrize("case", BANDS, ids=lambda case: case.name)
@@ -50,35 +50,37 @@ def test_bands(case, names, monkeypatch):
             torch.testing.assert_close(got.float(), wanted, rtol=0.02, atol=5e-3)
 
 
-@pytest.mark.parametrize(("heads", "groups", "qk", "v"), [(16, 1, 64, 64), (64, 2, 192, 128)])
+@pytest.mark.parametrize(("heads", "groups", "qk", "v"), [(16, 1, 64, 64), (64, 2, 192, 128), (64, 1, 128, 128)])
 def test_chosen_blocks(heads, groups, qk, v, monkeypatch):
-    """Queries choose any number of blocks; each visit is attended to whole, and what has none is not touched."""
-    case = Case("chosen", (500, 1, 300), heads, groups, qk, v, Attention(n=5, local=1, initial=1))
+    """Chunk by chunk, one of them without choices: a visit is attended to whole, and what has none is not touched."""
+    case, chunk = Case("chosen", (500, 1, 200), heads, groups, qk, v, Attention(n=5, local=1, initial=1)), 256
     x, documents = inputs(case)
-    chosen = choices(case, documents)
-    q, k, values = (x[f"{name}"] for name in ("q", "k_slc", "v_slc"))
-    for module in (hopper_picked, visits):  # so that visits of one span are of several blocks
-        monkeypatch.setattr(module, "CHUNK", 1024)
-    monkeypatch.setattr(visits, "SPANS", 2)
-    found = visits.gather(chosen, documents, 1, 64)
-    o = torch.full((case.tokens, groups, found.most, heads // groups, v), float("nan"), dtype=torch.bfloat16)
-    lse = torch.full(o.shape[:-1], float("nan"))
+    chosen, n, g = choices(case, documents), case.tokens, heads // groups
+    chosen[:chunk] = NONE
+    q, k, values = (x[name] for name in ("q", "k_slc", "v_slc"))
+    for module in (hopper_picked, visits):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(visits, "SPANS", 2)  # so that visits of one span are of several blocks
     monkeypatch.setattr(hopper_picked, "_attend", Emulated(hopper_picked._attend))
     monkeypatch.setattr(hopper_picked, "multiprocessors", lambda _: 2)
-    hopper_picked.attend(q, k, values, found, documents, 64, o, lse, 0)
-    several = 0
-    for (t, group, place), blocks in seen_by_visit(case, chosen, documents, visits.span(0, documents, 64)).items():
-        tokens = torch.cat([torch.arange(b, b + 64) for b in blocks])
-        heads_of = slice(group * (heads // groups), (group + 1) * (heads // groups))
-        s = q[t, heads_of].float() @ k[tokens, group].float().T * qk**-0.5
-        torch.testing.assert_close(lse[t, group, place], s.logsumexp(1) * tiles.LOG2E, rtol=1e-3, atol=1e-3)
-        expected = s.softmax(1) @ values[tokens, group].float()
-        torch.testing.assert_close(o[t, group, place].float(), expected, rtol=0.02, atol=5e-3)
-        o[t, group, place] = lse[t, group, place] = float("nan")
-        several += len(blocks) > 1
+    found, several = visits.gather(chosen, documents, 1, 64), 0
+    for c in range(-(-n // chunk)):
+        o = torch.full((chunk, groups, found.most, g, v), float("nan"), dtype=torch.bfloat16)
+        lse = torch.full(o.shape[:-1], float("nan"))
+        hopper_picked.attend(q, k, values, found, documents, 64, o, lse, c)
+        for (t, group, place), blocks in seen_by_visit(case, chosen, documents, visits.span(c, documents, 64)).items():
+            if t // chunk != c:
+                continue
+            tokens = torch.cat([torch.arange(b, b + 64) for b in blocks])
+            s = q[t, group * g : (group + 1) * g].float() @ k[tokens, group].float().T * qk**-0.5
+            at, expected = (t % chunk, group, place), s.softmax(1) @ values[tokens, group].float()
+            torch.testing.assert_close(lse[at], s.logsumexp(1) * tiles.LOG2E, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(o[at].float(), expected, rtol=0.02, atol=5e-3)
+            o[at] = lse[at] = float("nan")
+            several += len(blocks) > 1
+        assert o.isnan().all()
+        assert lse.isnan().all()
     assert several > 50
-    assert o.isnan().all()
-    assert lse.isnan().all()
 
 
 @gluon.jit

@@ -15,11 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.errors import ConfigError
 from configs.schema import Attention, Backend, Branch, Compression
-from nsa import Documents, NSACore, fused, hopper_picked, nsa_attention, picked, reference, visits
+from nsa import Documents, NSACore, fused, hopper_picked, nsa_attention, picked, reference, tiles, visits
 from nsa.cases import CASES, Case, make_inputs
 from nsa.compress import block_linear
 from parallel.rope import Rope
 from tests import kernels, tiny
+from tests.test_nsa_visits import seen_by_visit
 
 interpreted = pytest.mark.skipif(not fused.INTERPRETED, reason="the interpreter is off where there is a GPU")
 CPU = torch.device("cpu")
@@ -210,23 +211,38 @@ def test_what_the_kernels_do_not_take_is_named(changes, reason):
 
 
 @interpreted
-def test_the_copy_engine_gets_whole_rows_that_are_made_once(monkeypatch):
-    """In a run values lie among those of other branches, and a copy for each chunk would be all of them again."""
-    x, seen = make_inputs(SMALL, torch.float32), []
+def test_visits_are_merged_as_pairs_are(monkeypatch):
+    """Their kernel gets whole rows, made once: in a run values lie among those of other branches, and a copy for each
+    chunk would be all of them again."""
+    case = replace(SMALL, sizes=replace(SIZES, n=3, local=1, initial=1, l_slc=8), lengths=(50, 9))
+    x, a, kept, seen = make_inputs(case, torch.float32), case.sizes, [], []
     among = torch.stack([x["v_slc"]] * 2, 2)[:, :, 1]
     assert not among.is_contiguous()
+    kv = {"slc": (x["k_slc"], among), "win": (x["k_win"], x["v_win"])}
+    gather = visits.gather
+
+    def run() -> torch.Tensor:
+        return fused.nsa(x["q"], kv, x["k_cmp"], x["v_cmp"], x["gates"], case.cu_seqlens, a).detach()
 
     def attend(q, k, v, found, documents, slc, o, lse, chunk):
         seen.append([t.data_ptr() for t in (q, k, v)])
         assert all(t.is_contiguous() for t in (q, k, v))
-        o.zero_(), lse.zero_()
+        o.fill_(float("nan")), lse.fill_(float("nan"))
+        of_visits = seen_by_visit(case, kept[0], documents, visits.span(chunk, documents, slc))
+        for (t, group, place), blocks in of_visits.items():
+            if t // 16 == chunk:
+                tokens, at = torch.cat([torch.arange(b, b + slc) for b in blocks]), (t % 16, group, place)
+                s = q[t].unflatten(0, (case.kv_heads, -1))[group] @ k[tokens, group].T * q.shape[2] ** -0.5
+                o[at], lse[at] = s.softmax(1) @ v[tokens, group], s.logsumexp(1) * tiles.LOG2E
 
     for module in (picked, visits):
         monkeypatch.setattr(module, "CHUNK", 16)
+    expected = run()
+    monkeypatch.setattr(visits, "SPANS", 1)
+    monkeypatch.setattr(visits, "gather", lambda chosen, *args: (kept.append(chosen), gather(chosen, *args))[1])
     monkeypatch.setattr(hopper_picked, "fits", lambda *_: True)
     monkeypatch.setattr(hopper_picked, "attend", attend)
-    kv = {"slc": (x["k_slc"], among), "win": (x["k_win"], x["v_win"])}
-    fused.nsa(x["q"], kv, x["k_cmp"], x["v_cmp"], x["gates"], SMALL.cu_seqlens, replace(SIZES, n=2, local=1, initial=0))
+    torch.testing.assert_close(run(), expected, rtol=1e-5, atol=1e-6)
     assert len(seen) > 1
     assert all(one == seen[0] for one in seen)
 

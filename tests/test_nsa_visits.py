@@ -4,16 +4,12 @@ import pytest
 import torch
 
 from configs.schema import Attention
-from nsa import Documents, fused, tiles, visits
+from nsa import fused, tiles, visits
 from nsa.cases import Case
 from nsa.score import NONE
+from tests.kernels import packed
 
 pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="the interpreter is off where there is a GPU")
-
-
-def packed(case: Case) -> tiles.Documents:
-    starts = Documents.of(case.cu_seqlens, torch.device("cpu")).blocks(case.sizes.l, case.sizes.d).starts
-    return tiles.Documents.of(case.cu_seqlens, starts)
 
 
 def choices(case: Case, documents: tiles.Documents) -> torch.Tensor:
@@ -80,7 +76,7 @@ def test_tiles_go_through_what_visits_chose(case, spans, chunk, digits, monkeypa
         used = int(found.starts[(c + 1) * case.kv_heads * found.spans] // size)
         used += case.kv_heads * found.spans - int(found.starts[c * case.kv_heads * found.spans] // size)
         assert taken[0] == 0
-        for count, there, group, _, *row in rows[:used]:
+        for count, there, group, *row in rows[:used]:
             assert count == 0 or 0 < there <= size
             who = row[size + 1 : size + 2 * count : 2]
             assert [w >= visits.LAST for w in who] == [False] * (count - 1) + [True] * (count > 0)
@@ -113,7 +109,7 @@ def test_visits_of_the_same_blocks_share_tiles(monkeypatch):
 
 
 def test_keys_stay_within_31_bits(monkeypatch):
-    """Of many documents and KV heads fewer blocks are sorted by; what a visit has does not change."""
+    """Of many documents and KV heads fewer blocks are sorted by; visits stay what they are."""
     case = Case("many", (3,) * 40 + (100,), 8, 8, 16, 16, OTHER)
     documents = packed(case)
     chosen = choices(case, documents)
@@ -123,3 +119,6 @@ def test_keys_stay_within_31_bits(monkeypatch):
     many = visits.gather(chosen, documents, 2, 8)
     assert torch.equal(few.counts, many.counts)
     assert torch.equal(few.starts, many.starts)
+    real = (torch.arange(few.most) < few.counts[..., None]).flatten()
+    assert torch.equal(few.masks[real], many.masks[real])
+    assert (many.order[: int(many.starts[-1])].sort().values == real.nonzero().flatten()).all()
