@@ -95,8 +95,8 @@ def test_tiles_go_through_what_visits_chose(case, spans, chunk, digits, monkeypa
 
 def test_visits_of_the_same_blocks_share_tiles(monkeypatch):
     """Sorted by their first blocks, they go through few others: without, through most of a span."""
-    case = Case("long", (1000,), 1, 1, 16, 16, Attention(l=8, d=8, l_slc=8, n=14, local=1, initial=0))
-    monkeypatch.setattr(visits, "SPANS", 14)
+    case = Case("long", (560,), 1, 1, 16, 16, Attention(l=8, d=8, l_slc=8, n=14, local=1, initial=0))
+    monkeypatch.setattr(visits, "SPANS", 9)
     documents, work = packed(case), []
     chosen = choices(case, documents)
     for digits in (1, 3):
@@ -110,7 +110,7 @@ def test_visits_of_the_same_blocks_share_tiles(monkeypatch):
 
 def test_keys_stay_within_31_bits(monkeypatch):
     """Of many documents and KV heads fewer blocks are sorted by; visits stay what they are."""
-    case = Case("many", (3,) * 40 + (100,), 8, 8, 16, 16, OTHER)
+    case = Case("many", (3,) * 9 + (100,), 2, 2, 16, 16, OTHER)
     documents = packed(case)
     chosen = choices(case, documents)
     monkeypatch.setattr(visits, "SPANS", 3)
