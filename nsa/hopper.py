@@ -1,5 +1,7 @@
 """What kernels for GPUs with a copy engine and warpgroup products (sm_90) share, in Gluon."""
 
+from dataclasses import dataclass
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -12,6 +14,19 @@ from nsa.tiles import halves
 
 SHARED = 232_448  # bytes of shared memory that a program may have
 BARRIERS = 1_024  # of them kept for barriers, and for the start of a panel
+BN = gl.constexpr(64)  # keys of a tile
+ROWS = gl.constexpr(64)  # (query, head) of a warpgroup
+TEAMS = gl.constexpr(3)  # warpgroups that compute
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Of heads, that a kernel is compiled for."""
+
+    E: int  # channels of a key: the first
+    E2: int  # and the others
+    F: int  # channels of a value
+    G: int  # heads of a group
 
 
 @gluon.jit

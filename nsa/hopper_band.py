@@ -22,24 +22,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from configs.schema import Attention, Branch
 from nsa.bands import SHORT_BAND, bands, beyond, edges, lowest, tile_at
-from nsa.hopper import BARRIERS, SHARED, boxes, columns, multiprocessors, takes, tell
+from nsa.hopper import BARRIERS, BN, ROWS, SHARED, TEAMS, Widths, boxes, columns, multiprocessors, takes, tell
 from nsa.memory import everything
 from nsa.tiles import LOG2E, Documents, halves, locate
 
 NAMES = [b.value for b in Branch]
-BN = gl.constexpr(64)  # keys of a tile
-ROWS = gl.constexpr(64)  # (query, head) of a warpgroup
-TEAMS = gl.constexpr(3)  # warpgroups that compute
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(Widths):
     """What the kernel is compiled for."""
 
-    E: int  # channels of a key: the first
-    E2: int  # and the others
-    F: int  # channels of a value
-    G: int  # heads of a group
     L: int
     D: int
     A: int  # tokens of a selection block
@@ -213,7 +206,7 @@ def _attend(team: gl.constexpr, branch, turn, place, length, scale, memory, bars
         mbarrier.wait(ready.index(slot), (turn + i) // C.STAGES & 1)
         s = _scores(team, slot, s, memory, C)
         acc = warpgroup_mma(p, v_at.index(slot), acc, is_async=True)
-        s = warpgroup_mma_wait(1, [s])
+        s = warpgroup_mma_wait(1, [s])  # softmax of these scores beside the product with values
         weights, shrink, peak, total = _weigh(s, i, peak, total, scale, t, branch, tiles, v_at.dtype, C)
         acc, p = warpgroup_mma_wait(0, [acc, p])
         tell(empty.index(slot))

@@ -21,26 +21,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa import visits
-from nsa.hopper import BARRIERS, SHARED, boxes, columns, multiprocessors, takes, tell
+from nsa.hopper import BARRIERS, BN, ROWS, SHARED, TEAMS, Widths, boxes, columns, multiprocessors, takes, tell
 from nsa.memory import CHUNK
 from nsa.tiles import LOG2E, Documents, halves
 from nsa.visits import Visits, tiles_of
 
-BN = gl.constexpr(64)  # keys of a block
-ROWS = gl.constexpr(64)  # (query, head) of a warpgroup
-TEAMS = gl.constexpr(3)  # warpgroups that compute
 AHEAD = gl.constexpr(4)  # tiles that are taken before they are needed
 HEAD, LAST = gl.constexpr(visits.HEAD), gl.constexpr(visits.LAST)
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(Widths):
     """What the kernel is compiled for."""
 
-    E: int  # channels of a key: the first
-    E2: int  # and the others
-    F: int  # channels of a value
-    G: int  # heads of a group
     GROUPS: int
     MOST: int  # visits of a query and KV head
     BM: int  # visits of a tile
@@ -112,7 +105,7 @@ def _carry(q, q_rest, o, plan, tiles, first_visit, ends, memory, bars, C: gl.con
     """What the warp does that loads the queries of tiles and stores what became of them."""
     q_at, o_ready = memory[0], bars[1]
     EACH: gl.constexpr = ROWS // C.G
-    tile = _next(0, gl.program_id(0) * 0, tiles, memory, bars)
+    tile = _next(0, gl.program_id(0) * 0, tiles, memory, bars)  # 0, but no constant: an `if` may change it
     _fill(q, q_rest, plan, tile, tiles, 0, memory, bars, C)
     after = _next(1, tile, tiles, memory, bars)
     _fill(q, q_rest, plan, after, tiles, 1, memory, bars, C)

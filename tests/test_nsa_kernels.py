@@ -214,7 +214,7 @@ def test_what_the_kernels_do_not_take_is_named(changes, reason):
 def test_visits_are_merged_as_pairs_are(monkeypatch):
     """Their kernel gets whole rows, made once: in a run values lie among those of other branches, and a copy for each
     chunk would be all of them again."""
-    case = replace(SMALL, sizes=replace(SIZES, n=3, local=1, initial=1, l_slc=8), lengths=(50, 9))
+    case = replace(SMALL, sizes=replace(SIZES, n=5, local=1, initial=1, l_slc=8), lengths=(50, 9))
     x, a, kept, seen = make_inputs(case, torch.float32), case.sizes, [], []
     among = torch.stack([x["v_slc"]] * 2, 2)[:, :, 1]
     assert not among.is_contiguous()
@@ -238,7 +238,7 @@ def test_visits_are_merged_as_pairs_are(monkeypatch):
     for module in (picked, visits):
         monkeypatch.setattr(module, "CHUNK", 16)
     expected = run()
-    monkeypatch.setattr(visits, "SPANS", 1)
+    monkeypatch.setattr(visits, "SPANS", 3)  # of two blocks in the last chunks
     monkeypatch.setattr(visits, "gather", lambda chosen, *args: (kept.append(chosen), gather(chosen, *args))[1])
     monkeypatch.setattr(hopper_picked, "fits", lambda *_: True)
     monkeypatch.setattr(hopper_picked, "attend", attend)
