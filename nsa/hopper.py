@@ -36,9 +36,10 @@ def tell(bar):
     mbarrier.arrive(bar, count=1)
 
 
-def takes(q: Tensor) -> bool:
-    """Whether q is on such a GPU, in 16 bit."""
-    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.element_size() == 2
+def takes(q: Tensor, v: Tensor) -> bool:
+    """Whether q [n, h, dk] is on such a GPU, in 16 bit, and heads have 64, 128, or 192 and 128 channels."""
+    there = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.element_size() == 2
+    return there and q.shape[2] in (64, 128, 192) and v.shape[2] == halves(q.shape[2])[0]
 
 
 def multiprocessors(device: torch.device) -> int:

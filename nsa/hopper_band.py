@@ -1,14 +1,14 @@
 """Attention to a band of keys for GPUs with a copy engine and warpgroup products (sm_90), in Gluon.
 
-It does what `band.forward` does, for 16-bit heads of whole panels of 64 channels and groups of 8 to 64 heads. One warp
-keeps the next keys and values on their way; some warpgroups compute, each for queries of its own, so that one
-multiplies while another takes exponentials, and keys come to a multiprocessor once for all of them. A program stays
-and takes tile after tile.
+It does what `band.forward` does, for 16-bit heads of 64 and 128 channels, or 192 with values of 128, and groups of 8 to
+64 heads. One warp keeps the next keys and values on their way; some warpgroups compute, each for queries of its own, so
+that one multiplies while another takes exponentials, and keys come to a multiprocessor once for all of them. A program
+stays and takes tile after tile, one branch after the other. For each of these queries are loaded anew, ahead of time,
+into one of two places, where outputs then take theirs: nothing waits for memory between branches and tiles.
 """
 
 from dataclasses import dataclass
 
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -41,6 +41,7 @@ class Sizes(Widths):
     SINK: int  # first tokens that slc sees
     W: int
     THERE: int  # a bit for each branch that is there
+    COUNT: int  # of them
     BQ: int  # queries of a tile
     STAGES: int  # tiles of keys and values on their way
 
@@ -111,27 +112,43 @@ def _load_band(
 
 
 @gluon.jit
-def _load(q, q_rest, kv, strides, tokens, blocks, documents, heads, tiles, memory, bars, C: gl.constexpr):
-    """What the warp does that loads."""
-    k1, k1_rest, v1, k2, k2_rest, v2, k3, k3_rest, v3 = kv
-    k1_h, v1_h, k2_h, v2_h, k3_h, v3_h = strides
-    q_at, q2_at, k_at, k2_at, v_at, _ = memory
-    ready, empty, q_ready, q_empty = bars
+def _load_queries(q, q_rest, tokens, documents, heads, tiles, memory, bars, C: gl.constexpr):
+    """What the warp does that loads queries, for each branch anew."""
+    q_at, q2_at = memory[:2]
+    q_ready, q_empty = bars[2], bars[4]
     groups = heads // C.G
     EACH: gl.constexpr = ROWS // C.G
-    turn, item, done = 0, gl.program_id(0), 0
+    item, done = gl.program_id(0), 0
+    while item < tiles * groups:
+        _document, start, length, place, group = _place(item, tokens, documents, groups, tiles, C)
+        if place < length:
+            for _ in range(C.COUNT):
+                slot = done % 2
+                bar = q_ready.index(slot)
+                mbarrier.wait(q_empty.index(slot), done // 2 & 1 ^ 1)
+                mbarrier.expect(bar, TEAMS * ROWS * (C.E + C.E2) * 2)
+                for i in gl.static_range(gl.constexpr(C.BQ)):
+                    row, team = (start + place + i) * heads + group * C.G, slot * TEAMS + i // EACH
+                    tma.async_copy_global_to_shared(q, [row, 0], bar, q_at.index(team).slice(i % EACH * C.G, C.G))
+                    if C.E2 > 0:
+                        to = q2_at.index(team).slice(i % EACH * C.G, C.G)
+                        tma.async_copy_global_to_shared(q_rest, [row, C.E], bar, to)
+                done += 1
+        item += gl.num_programs(0)
+
+
+@gluon.jit
+def _load(kv, strides, tokens, blocks, documents, heads, tiles, memory, bars, C: gl.constexpr):
+    """What the warp does that loads keys and values."""
+    k1, k1_rest, v1, k2, k2_rest, v2, k3, k3_rest, v3 = kv
+    k1_h, v1_h, k2_h, v2_h, k3_h, v3_h = strides
+    k_at, k2_at, v_at = memory[2:]
+    ready, empty = bars[:2]
+    groups = heads // C.G
+    turn, item = 0, gl.program_id(0)
     while item < tiles * groups:
         document, start, length, place, group = _place(item, tokens, documents, groups, tiles, C)
         if place < length:
-            mbarrier.wait(q_empty, done & 1 ^ 1)
-            mbarrier.expect(q_ready, TEAMS * ROWS * (C.E + C.E2) * 2)
-            for i in gl.static_range(gl.constexpr(C.BQ)):
-                row = (start + place + i) * heads + group * C.G
-                tma.async_copy_global_to_shared(q, [row, 0], q_ready, q_at.index(i // EACH).slice(i % EACH * C.G, C.G))
-                if C.E2 > 0:
-                    to = q2_at.index(i // EACH).slice(i % EACH * C.G, C.G)
-                    tma.async_copy_global_to_shared(q_rest, [row, C.E], q_ready, to)
-            done += 1
             if C.THERE & 1:
                 turn = _load_band(
                     k1, k1_rest, v1, k_at, k2_at, v_at, ready, empty, turn, 0, gl.load(blocks + document),
@@ -151,12 +168,45 @@ def _load(q, q_rest, kv, strides, tokens, blocks, documents, heads, tiles, memor
 
 
 @gluon.jit
-def _scores(team: gl.constexpr, slot, s, memory, C: gl.constexpr):
+def _store_branch(o, done, start, place, length, heads, head, ends, memory, bars, C: gl.constexpr):
+    """Stores what takes the place of queries, nothing of it past the document's end."""
+    q_at = memory[0]
+    o_ready, q_empty = bars[3:]
+    EACH: gl.constexpr = ROWS // C.G
+    slot = done % 2
+    mbarrier.wait(o_ready.index(slot), done // 2 & 1)
+    for i in gl.static_range(gl.constexpr(C.BQ)):
+        row = gl.where(place + i < length, (start + place + i) * heads + head, ends)
+        tma.async_copy_shared_to_global(o, [row, 0], q_at.index(slot * TEAMS + i // EACH).slice(i % EACH * C.G, C.G))
+    tma.store_wait(0)
+    mbarrier.arrive(q_empty.index(slot), count=1)
+    return done + 1
+
+
+@gluon.jit
+def _store(o1, o2, o3, tokens, documents, heads, tiles, ends, memory, bars, C: gl.constexpr):
+    """What the warp does that stores."""
+    groups = heads // C.G
+    item, done = gl.program_id(0), 0
+    while item < tiles * groups:
+        _document, start, length, place, group = _place(item, tokens, documents, groups, tiles, C)
+        if place < length:
+            if C.THERE & 1:
+                done = _store_branch(o1, done, start, place, length, heads, group * C.G, ends, memory, bars, C)
+            if C.THERE & 2:
+                done = _store_branch(o2, done, start, place, length, heads, group * C.G, ends, memory, bars, C)
+            if C.THERE & 4:
+                done = _store_branch(o3, done, start, place, length, heads, group * C.G, ends, memory, bars, C)
+        item += gl.num_programs(0)
+
+
+@gluon.jit
+def _scores(at, slot, s, memory, C: gl.constexpr):
     """Starts s = q k^T."""
     q_at, q2_at, k_at, k2_at = memory[:4]
-    s = warpgroup_mma(q_at.index(team), k_at.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
+    s = warpgroup_mma(q_at.index(at), k_at.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
     if C.E2 > 0:
-        s = warpgroup_mma(q2_at.index(team), k2_at.index(slot).permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(q2_at.index(at), k2_at.index(slot).permute((1, 0)), s, is_async=True)
     return s
 
 
@@ -183,7 +233,7 @@ def _weigh(s, i, peak, total, scale, t, branch, tiles, dtype: gl.constexpr, C: g
 
 
 @gluon.jit
-def _attend(team: gl.constexpr, branch, turn, place, length, scale, memory, bars, C: gl.constexpr):
+def _attend(team: gl.constexpr, at, branch, turn, place, length, scale, memory, bars, C: gl.constexpr):
     """Softmax of a warpgroup's rows over one branch's keys: output, base-2 log-sum-exp (+inf without a key), turn."""
     v_at = memory[4]
     ready, empty = bars[0], bars[1]
@@ -197,14 +247,14 @@ def _attend(team: gl.constexpr, branch, turn, place, length, scale, memory, bars
     peak = total - float("inf")
     slot = turn % C.STAGES
     mbarrier.wait(ready.index(slot), turn // C.STAGES & 1)
-    s = _scores(team, slot, gl.zeros([ROWS, BN], gl.float32, sums), memory, C)
+    s = _scores(at, slot, gl.zeros([ROWS, BN], gl.float32, sums), memory, C)
     s = warpgroup_mma_wait(0, [s])
     tell(empty.index(slot))
     p, _, peak, total = _weigh(s, 0, peak, total, scale, t, branch, tiles, v_at.dtype, C)
     for i in range(1, count):  # the values of a tile with the keys of the next: two products at once
         slot = (turn + i) % C.STAGES
         mbarrier.wait(ready.index(slot), (turn + i) // C.STAGES & 1)
-        s = _scores(team, slot, s, memory, C)
+        s = _scores(at, slot, s, memory, C)
         acc = warpgroup_mma(p, v_at.index(slot), acc, is_async=True)
         s = warpgroup_mma_wait(1, [s])  # softmax of these scores beside the product with values
         weights, shrink, peak, total = _weigh(s, i, peak, total, scale, t, branch, tiles, v_at.dtype, C)
@@ -226,53 +276,43 @@ def _attend(team: gl.constexpr, branch, turn, place, length, scale, memory, bars
 
 
 @gluon.jit
-def _store(
-    o, lse, log, team: gl.constexpr, o_at, start, place, length, n, heads, head, ends, GS: gl.constexpr, C: gl.constexpr
-):
-    """Starts storing what lies in o_at, nothing of it past the document's end; stores the statistics of GS heads side
-    by side."""
-    first = place + team * (ROWS // C.G)
-    for i in gl.static_range(ROWS // C.G):
-        row = gl.where(first + i < length, (start + first + i) * heads + head, ends)
-        tma.async_copy_shared_to_global(o, [row, 0], o_at.index(team).slice(i * C.G, C.G))
+def _note(lse, log, team: gl.constexpr, start, place, length, n, head, GS: gl.constexpr, C: gl.constexpr):
+    """Stores the statistics of GS heads side by side."""
     row = gl.arange(0, ROWS, layout=log.type.layout)
-    t, head = first + row // C.G, head + row % C.G
+    t, head = place + team * (ROWS // C.G) + row // C.G, head + row % C.G
     gl.store(lse + (head // GS * n + start + t) * GS + head % GS, log, mask=t < length)
 
 
 @gluon.jit
 def _compute(
-    team: gl.constexpr, outputs, tokens, blocks, documents, n, heads, tiles, ends, scale, memory, bars, C: gl.constexpr
+    team: gl.constexpr, lse1, lse2, lse3, tokens, documents, n, heads, tiles, scale, memory, bars, C: gl.constexpr
 ):
     """What a warpgroup does. All branches go through the same code: three times as much is too much for its cache."""
-    o1, lse1, o2, lse2, o3, lse3 = outputs
-    o_at = memory[5]
-    q_ready, q_empty = bars[2], bars[3]
+    q_at = memory[0]
+    q_ready, o_ready = bars[2:4]
     groups = heads // C.G
     turn, item, done = 0, gl.program_id(0), 0
     while item < tiles * groups:
         _document, start, length, place, group = _place(item, tokens, documents, groups, tiles, C)
         if place < length:
-            mbarrier.wait(q_ready, done & 1)
-            done += 1
             head = group * C.G
             for branch in range(3):
                 if C.THERE >> branch & 1:
-                    acc, log, turn = _attend(team, branch, turn, place, length, scale, memory, bars, C)
-                    tma.store_wait(0)
-                    tl.debug_barrier()
-                    o_at.index(team).store(acc.to(o_at.dtype))
+                    slot = done % 2
+                    at = slot * TEAMS + team
+                    mbarrier.wait(q_ready.index(slot), done // 2 & 1)
+                    acc, log, turn = _attend(team, at, branch, turn, place, length, scale, memory, bars, C)
+                    q_at.index(at).store(acc.to(q_at.dtype))
                     fence_async_shared()
-                    tl.debug_barrier()
+                    tell(o_ready.index(slot))
+                    done += 1
                     if branch == 0:
-                        _store(o1, lse1, log, team, o_at, start, place, length, n, heads, head, ends, 1, C)
+                        _note(lse1, log, team, start, place, length, n, head, 1, C)
                     elif branch == 1:
-                        _store(o2, lse2, log, team, o_at, start, place, length, n, heads, head, ends, C.G, C)
+                        _note(lse2, log, team, start, place, length, n, head, C.G, C)
                     else:
-                        _store(o3, lse3, log, team, o_at, start, place, length, n, heads, head, ends, C.G, C)
-            tell(q_empty)
+                        _note(lse3, log, team, start, place, length, n, head, C.G, C)
         item += gl.num_programs(0)
-    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["documents", "n", "tiles", "ends"])
@@ -286,43 +326,46 @@ def _forward(
     E: gl.constexpr = C.E
     E2: gl.constexpr = C.E2
     F: gl.constexpr = C.F
-    q_at = gl.allocate_shared_memory(q.dtype, [TEAMS, ROWS, E], panels)
+    q_at = gl.allocate_shared_memory(q.dtype, [2 * TEAMS, ROWS, E], panels)
     k_at = gl.allocate_shared_memory(q.dtype, [STAGES, BN, E], panels)
     q2_at, k2_at = q_at, k_at
     if E2 > 0:
-        q2_at = gl.allocate_shared_memory(q.dtype, [TEAMS, ROWS, E2], panels)
+        q2_at = gl.allocate_shared_memory(q.dtype, [2 * TEAMS, ROWS, E2], panels)
         k2_at = gl.allocate_shared_memory(q.dtype, [STAGES, BN, E2], panels)
     v_at = gl.allocate_shared_memory(q.dtype, [STAGES, BN, F], panels)
-    o_at = gl.allocate_shared_memory(q.dtype, [TEAMS, ROWS, F], panels)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    queries = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    o_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=TEAMS)
-    mbarrier.init(queries.index(0), count=1)
-    mbarrier.init(queries.index(1), count=TEAMS)
-    memory = (q_at, q2_at, k_at, k2_at, v_at, o_at)
-    bars = (ready, empty, queries.index(0), queries.index(1))
+    for i in gl.static_range(2):
+        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(o_ready.index(i), count=TEAMS)
+        mbarrier.init(q_empty.index(i), count=1)
+    memory = (q_at, q2_at, k_at, k2_at, v_at)
+    bars = (ready, empty, q_ready, o_ready, q_empty)
     kv = (k1, k1_rest, v1, k2, k2_rest, v2, k3, k3_rest, v3)
     strides = (k1_h, v1_h, k2_h, v2_h, k3_h, v3_h)
-    outputs = (o1, lse1, o2, lse2, o3, lse3)
     gl.warp_specialize(
         [
-            (_compute, (0, outputs, tokens, blocks, documents, n, heads, tiles, ends, scale, memory, bars, C)),
-            (_compute, (1, outputs, tokens, blocks, documents, n, heads, tiles, ends, scale, memory, bars, C)),
-            (_compute, (2, outputs, tokens, blocks, documents, n, heads, tiles, ends, scale, memory, bars, C)),
-            (_load, (q, q_rest, kv, strides, tokens, blocks, documents, heads, tiles, memory, bars, C)),
+            (_compute, (0, lse1, lse2, lse3, tokens, documents, n, heads, tiles, scale, memory, bars, C)),
+            (_compute, (1, lse1, lse2, lse3, tokens, documents, n, heads, tiles, scale, memory, bars, C)),
+            (_compute, (2, lse1, lse2, lse3, tokens, documents, n, heads, tiles, scale, memory, bars, C)),
+            (_load, (kv, strides, tokens, blocks, documents, heads, tiles, memory, bars, C)),
+            (_load_queries, (q, q_rest, tokens, documents, heads, tiles, memory, bars, C)),
+            (_store, (o1, o2, o3, tokens, documents, heads, tiles, ends, memory, bars, C)),
         ],
-        [4, 4, 1],
-        [160, 160, 24],
+        [4, 4, 1, 1, 1],
+        [160, 160, 24, 24, 24],
     )
 
 
 def fits(q: Tensor, v: Tensor, group: int) -> bool:
     """Whether `forward` can have q [n, h, dk] and v [n, h_kv, dv] with so many heads to a KV head."""
-    e, f = q.shape[2], v.shape[2]
-    return takes(q) and e in (64, 128, 192) and f in (64, 128) and 8 <= group <= ROWS.value
+    return takes(q, v) and 8 <= group <= ROWS.value
 
 
 def forward(q: Tensor, kv: dict, out: dict, documents: Documents, sizes: Attention) -> None:
@@ -341,8 +384,8 @@ def forward(q: Tensor, kv: dict, out: dict, documents: Documents, sizes: Attenti
     c = Sizes(
         E=e1, E2=e2, F=f, G=g, L=sizes.l, D=sizes.d, A=sizes.l_slc, LOCAL=sizes.local, ALL=everything(sizes),
         SINK=sizes.initial * sizes.l_slc, W=bands(sizes)["win"].N,
-        THERE=sum(1 << i for i, name in enumerate(NAMES) if name in kv),
-        BQ=bq, STAGES=(SHARED - BARRIERS - rows * (e + f) * 2) // (BN.value * (e + f) * 2),
+        THERE=sum(1 << i for i, name in enumerate(NAMES) if name in kv), COUNT=len(kv),
+        BQ=bq, STAGES=min(8, (SHARED - BARRIERS - 2 * rows * e * 2) // (BN.value * (e + f) * 2)),
     )  # fmt: skip
     programs = min(multiprocessors(q.device), tiles * groups)
     _forward[(programs,)](
