@@ -22,13 +22,14 @@ DIGITS = 3  # blocks of a visit that it is sorted by
 LAST = 2**30  # beside the bits of visits: a tile's last block
 HEAD = 3  # numbers of a plan's row before its visits
 GATHER = 8  # (query, KV head) of a program
+PLAN = 4  # tiles of a program
 
 
 @dataclass(frozen=True)
 class Visits:
     """All visits in order of (chunk, KV head, span, blocks)."""
 
-    order: Tensor  # [n * h_kv * most] int32: which visit, (token * h_kv + KV head) * most + its place there
+    order: Tensor  # [n * h_kv * most] int64: which visit, (token * h_kv + KV head) * most + its place there
     masks: Tensor  # [n * h_kv * most] int32, by visit: a bit for each block of the span
     counts: Tensor  # [n, h_kv] int32: visits of a query and KV head
     starts: Tensor  # [chunks * h_kv * spans + 1] int32: where in order the visits of a span start
@@ -77,33 +78,35 @@ def tiles_of(starts, chunk, spans, GROUPS: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["documents", "chunk", "span", "spans"])
 def _plan(
-    order, masks, starts, plan, tokens, documents, chunk, span, spans,
+    order, masks, starts, plan, taken, tokens, documents, chunk, span, spans,
     GROUPS: tl.constexpr, SLC: tl.constexpr, WIDEST: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr,
-    LAST: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
+    LAST: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Of `plan` a tile of BM visits."""
-    tile = tl.program_id(0)
-    if tile == 0:
-        tl.store(plan + tl.num_programs(0) * WIDTH, 0)
-    if tile >= tiles_of(starts, chunk, spans, GROUPS, BM):
+    """Of `plan` BT tiles of BM visits."""
+    if tl.program_id(0) == 0:
+        tl.store(taken, 0)
+    tile = tl.program_id(0) * BT + tl.arange(0, BT)
+    tiles = tiles_of(starts, chunk, spans, GROUPS, BM)
+    if tl.program_id(0) * BT >= tiles:
         return
     starts += chunk * GROUPS * spans
     place, first, length, inside = locate(tile + tl.load(starts) // BM, starts, GROUPS * spans, BM)
-    row, there = plan + tile * WIDTH, tl.minimum(length - inside, BM)
-    visit, bit = tl.arange(0, BP), tl.arange(0, WIDEST)
-    at = order + first + inside + tl.minimum(visit, there - 1)  # past the end the last one again
-    which = tl.load(at, mask=there > 0, other=0)
-    mask = tl.load(masks + which, mask=visit < there, other=0)
-    who = tl.sum((mask[:, None] >> bit[None, :] & 1) << visit[:, None], 0)
-    some = who != 0
-    _, start, _, offset = locate(place % spans * span + bit, tokens, documents, SLC)
-    tl.store(row, tl.sum(some.to(tl.int32), 0))
-    tl.store(row + 1, there)
-    tl.store(row + 2, place // spans)
-    tl.store(row + HEAD + visit, which, mask=visit < BM)
-    to = row + HEAD + BM + 2 * (tl.cumsum(some.to(tl.int32), 0) - 1)
+    there = tl.where(tile < tiles, tl.minimum(length - inside, BM), 0)
+    row, visit, bit = plan + tile * WIDTH, tl.arange(0, BP)[None, :], tl.arange(0, WIDEST)[None, :]
+    at = order + (first + inside)[:, None] + tl.minimum(visit, there[:, None] - 1)  # past the end the last one again
+    which = tl.load(at, mask=there[:, None] > 0, other=0).to(tl.int32)
+    mask = tl.load(masks + which, mask=visit < there[:, None], other=0)
+    who = tl.sum((mask[:, :, None] >> bit[:, None, :] & 1) << visit[:, :, None], 1)
+    some, inner = who != 0, (tile < tiles)[:, None]
+    _, start, _, offset = locate((place % spans * span)[:, None] + bit, tokens, documents, SLC)
+    tl.store(row, tl.sum(some.to(tl.int32), 1), mask=tile < tiles)
+    tl.store(row + 1, there, mask=tile < tiles)
+    tl.store(row + 2, place // spans, mask=tile < tiles)
+    tl.store(row[:, None] + HEAD + visit, which, mask=(visit < BM) & inner)
+    to = row[:, None] + HEAD + BM + 2 * (tl.cumsum(some.to(tl.int32), 1) - 1)
     tl.store(to, start + offset, mask=some)
-    tl.store(to + 1, who | tl.where(bit == tl.max(tl.where(some, bit, -1), 0), LAST, 0), mask=some)
+    last = tl.max(tl.where(some, bit, -1), 1)[:, None]
+    tl.store(to + 1, who | tl.where(bit == last, LAST, 0), mask=some)
 
 
 def span(chunk: int, documents: Documents, slc: int) -> int:
@@ -129,8 +132,9 @@ def gather(chosen: Tensor, documents: Documents, initial: int, slc: int) -> Visi
             P=triton.next_power_of_2(most), BR=GATHER, num_warps=4,
         )  # fmt: skip
     keys, order = torch.sort(keys, stable=True)
-    every = torch.arange(chunks * groups * spans + 1, dtype=torch.int32, device=chosen.device) * WIDEST**digits
-    return Visits(order.int(), masks, counts, torch.searchsorted(keys, every, out_int32=True), most, spans)
+    step = WIDEST**digits
+    every = torch.arange(0, chunks * groups * spans * step + 1, step, dtype=torch.int32, device=chosen.device)
+    return Visits(order, masks, counts, torch.searchsorted(keys, every, out_int32=True), most, spans)
 
 
 def plan(visits: Visits, documents: Documents, chunk: int, n: int, slc: int, size: int) -> Tensor:
@@ -145,10 +149,10 @@ def plan(visits: Visits, documents: Documents, chunk: int, n: int, slc: int, siz
     tiles = triton.cdiv(count, size) + groups * visits.spans
     width = triton.cdiv(HEAD + size + 2 * WIDEST, 4) * 4  # 16 bytes: what is aligned otherwise is compiled anew
     out = torch.empty(tiles + 1, width, dtype=torch.int32, device=visits.order.device)
-    _plan[(tiles,)](
-        visits.order, visits.masks, visits.starts, out, documents.tokens, documents.count, chunk,
+    _plan[(triton.cdiv(tiles, PLAN),)](
+        visits.order, visits.masks, visits.starts, out, out[-1], documents.tokens, documents.count, chunk,
         span(chunk, documents, slc), visits.spans,
         GROUPS=groups, SLC=slc, WIDEST=WIDEST, HEAD=HEAD, WIDTH=width, LAST=LAST, BM=size,
-        BP=triton.next_power_of_2(size), num_warps=1,
+        BP=triton.next_power_of_2(size), BT=PLAN, num_warps=1,
     )  # fmt: skip
     return out
