@@ -103,7 +103,7 @@ def check(shape: Shape, a: Attention) -> dict[str, float]:
 
     exact = results({name: t.detach().float().requires_grad_() for name, t in x.items()}, Backend.torch)
     found = dict(zip(("o", *x), zip(results(x, Backend.triton), exact, strict=True), strict=True))
-    found |= check_compression(shape, a, x["k_slc"].detach())
+    found |= check_compression(shape, a, x["k_slc"].detach(), x["v_slc"].detach())
     errors = {
         name: float((ours.detach().float() - want.detach()).norm() / want.detach().norm())
         for name, (ours, want) in found.items()
@@ -115,16 +115,16 @@ def check(shape: Shape, a: Attention) -> dict[str, float]:
     return errors
 
 
-def check_compression(shape: Shape, a: Attention, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Compressed keys of x [n, h_kv, dk] and all gradients, each beside the definition's in fp32."""
-    phi = make_core(shape, a).phi_k
-    blocks = Documents.of(torch.tensor([0, len(x)]), torch.device("cuda")).blocks(a.l, a.d)
+def check_compression(shape: Shape, a: Attention, k: Tensor, v: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Compressed k [n, h_kv, dk] and v [n, h_kv, dv] and all gradients, each beside the definition's in fp32."""
+    core = make_core(shape, a)
+    blocks = Documents.of(torch.tensor([0, len(k)]), torch.device("cuda")).blocks(a.l, a.d)
     out = []
-    for module, value, kernels in ((phi, x, True), (copy.deepcopy(phi).float(), x.float(), False)):
-        value.requires_grad_()
-        y = module(value, blocks, lambda weight: weight, kernels)
-        out.append([y, *torch.autograd.grad(y.sin().sum(), [value, *module.parameters()])])
-    names = ["phi", "phi x", *(f"phi {name}" for name, _ in phi.named_parameters())]
+    for module, pair, kernels in ((core, (k, v), True), (copy.deepcopy(core).float(), (k.float(), v.float()), False)):
+        leaves = [*(x.requires_grad_() for x in pair), *module.parameters()]
+        compressed = module.compress(*pair, blocks, lambda weight: weight, kernels)
+        out.append([*compressed, *torch.autograd.grad(sum(y.sin().sum() for y in compressed), leaves)])
+    names = ["phi_k", "phi_v", "phi_k x", "phi_v x", *(name for name, _ in core.named_parameters())]
     return dict(zip(names, zip(*out, strict=True), strict=True))
 
 

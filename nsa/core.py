@@ -10,6 +10,7 @@ from configs.schema import Attention, Branch, Compression
 from nsa import reference
 from nsa.attention import nsa_attention, uses_kernels
 from nsa.documents import Blocks, Documents
+from nsa.memory import UNITS
 
 
 class Phi(nn.Module):
@@ -85,6 +86,17 @@ class NSACore(nn.Module):
             self.observe(q, k_cmp, gates, documents.cu_seqlens)
         return nsa_attention(q, rotated, k_cmp, v_cmp, gates, documents.cu_seqlens, self.sizes, blocks.starts)
 
+    def compress(
+        self, k: Tensor, v: Tensor, blocks: Blocks, share: Callable[[Tensor], Tensor], kernels: bool
+    ) -> tuple[Tensor, Tensor]:
+        """By the learnable compression: k [n, h_kv, dk], v [n, h_kv, dv] -> [m, h_kv, dk], [m, h_kv, dv]."""
+        if not kernels or len(self.phi_k.b1) > UNITS or len(self.phi_v.b1) > UNITS:
+            return self.phi_k(k, blocks, share, kernels), self.phi_v(v, blocks, share, kernels)
+        from nsa.compress import compress
+
+        phis = ([share(p) for p in phi.parameters()] for phi in (self.phi_k, self.phi_v))
+        return compress(k, v, *phis, blocks.first, *blocks.starts, self.sizes.l, self.sizes.d)
+
     def _compress(self, q, kv, blocks, rotate, share) -> tuple[Tensor | None, Tensor | None]:
         """Compressed and rotated keys [m, h_kv, dk], compressed values [m, h_kv, dv]; None for what no branch needs.
 
@@ -96,7 +108,7 @@ class NSACore(nn.Module):
         k, v = kv["cmp" if self.compresses else "slc"]
         kernels = uses_kernels(q, v.shape[2], k.shape[1], a)
         if self.compresses and a.compression is Compression.mlp:
-            k_cmp, v_cmp = self.phi_k(k, blocks, share, kernels), self.phi_v(v, blocks, share, kernels)
+            k_cmp, v_cmp = self.compress(k, v, blocks, share, kernels)
         else:
             k_cmp = compress_mean(k, blocks, a.l, a.d, kernels)
             v_cmp = compress_mean(v, blocks, a.l, a.d, kernels) if self.compresses else None

@@ -11,6 +11,7 @@ from configs.schema import Attention, Branch, Compression
 # Tokens of a chunk, a multiple of 16 so that no tile of queries is in two: with more of them more is held at once, with
 # fewer backward has more parts of dk and dv. And pairs of a run of backward.
 CHUNK, BACK_RUN = 8192, 256
+UNITS = 256  # hidden units of the compression MLP that one kernel takes
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ def kept(s: Shape, a: Attention) -> dict[str, int]:
     values = row * s.kv_heads * s.v_dim * pairs
     mlp = Branch.cmp in branches and a.compression is Compression.mlp
     hidden = sum(a.phi_hidden or width for width in (s.qk_dim, s.v_dim)) if mlp else 0
+    hidden *= 2 if (a.phi_hidden or 0) > UNITS else 1  # where two kernels share the work, after the GELU too
     means = [] if mlp or not compressed else [s.qk_dim] + [s.v_dim] * (Branch.cmp in branches)
-    blocks = s.qk_dim + s.v_dim * (Branch.cmp in branches) + 2 * hidden  # before and after the GELU
+    blocks = s.qk_dim + s.v_dim * (Branch.cmp in branches) + hidden
     picks = 4 * s.tokens * s.kv_heads * (a.n - a.local) * (Branch.slc in branches)
     return {
         "queries": row * s.heads * s.qk_dim,

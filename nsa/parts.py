@@ -25,7 +25,7 @@ def parts(core: NSACore, x: dict[str, Tensor], do: Tensor, documents: nsa.Docume
     found = tiles.Documents.of(documents.cu_seqlens, blocks.starts)
 
     def compress() -> tuple[Tensor, Tensor]:
-        return core.phi_k(x["k_cmp"], blocks, same, True), core.phi_v(x["v_cmp"], blocks, same, True)
+        return core.compress(x["k_cmp"], x["v_cmp"], blocks, same, True)
 
     compressed = compress()
     kv = {"cmp": tuple(t.detach() for t in compressed)}

@@ -148,6 +148,7 @@ SPARSE = [
     dict(attention__branches=[Branch.slc, Branch.win], attention__compression=Compression.mean),
     dict(attention__branches=[Branch.win]),
     dict(attention__phi_hidden=96),
+    dict(attention__phi_hidden=300),  # more than one kernel takes
 ]
 
 
