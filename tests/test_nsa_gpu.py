@@ -27,7 +27,7 @@ from nsa.cases import ABLATIONS, CASES, LARGE, WHOLE, Case, fitted, make_inputs
 from nsa.memory import everything
 from parallel.rope import Rope
 from tests import kernels, ranks, tiny
-from tests.test_nsa_kernels import check_block_linear, check_causal, check_ties, core_results
+from tests.test_nsa_kernels import check_block_linear, check_causal, check_compress, check_ties, core_results
 from tests.test_parity import train
 
 pytestmark = pytest.mark.gpu
@@ -83,6 +83,16 @@ def test_case(job, found):
 )
 def test_the_first_layer_of_compression(dtype, heads, width, hidden, l, d):
     check_block_linear("cuda", dtype, heads, width, hidden, l, d)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(
+    ("widths", "hidden"),
+    [((64, 64), (64, 64)), ((128, 128), (128, 128)), ((192, 128), (192, 128)), ((96, 64), (24, 5))],
+    ids=str,
+)
+def test_compression_of_keys_and_values_at_once(dtype, widths, hidden):
+    check_compress("cuda", dtype, 6, widths, hidden, 32, 16)
 
 
 @pytest.mark.parametrize("compression", list(Compression))
