@@ -19,7 +19,7 @@ from nsa.tiles import LOG2E, Documents, Launch, columns, halves, locate, precisi
 
 SCORE = {2: Launch(64, 128, 4, 2), 4: Launch(64, 64, 8, 1)}  # by bytes of an element; rows are queries of one head
 CHOOSE = Launch(1, 0, 1, 1)
-RUN = 8  # blocks whose maximum is compared first
+RUN = 8  # blocks whose maximum is compared first, where there are many: fewer where a row has no 64 such runs
 SCORE_BYTES = 2**28  # of the scores that are in memory at once
 NONE = 2**31 - 1  # the key of no block, after all others in order
 
@@ -193,10 +193,10 @@ def _launch_score(
 
 def _launch_choose(scores: Tensor, keys: Tensor, documents: Documents, sizes: Attention, tile: int) -> None:
     count, groups, bq, width = scores.shape
-    picks = keys.shape[2]
+    picks, w = keys.shape[2], triton.next_power_of_2(width)
     _choose[count * (bq // CHOOSE.rows), groups](
         scores, keys, documents.tokens, documents.count, tile, width, documents.tiles(sizes.l_slc),
         SLC=sizes.l_slc, INITIAL=sizes.initial, LOCAL=sizes.local, ALL=everything(sizes),
         P=triton.next_power_of_2(max(1, picks - sizes.initial)), R=picks,
-        BQ=bq, BR=CHOOSE.rows, W=triton.next_power_of_2(width), M=RUN if width > 256 else 1, **CHOOSE.options,
+        BQ=bq, BR=CHOOSE.rows, W=w, M=min(RUN, w // 64) if w > 128 else 1, **CHOOSE.options,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.errors import ConfigError
 from configs.schema import Attention, Backend, Branch, Compression
-from nsa import Documents, NSACore, core, fused, hopper_picked, nsa_attention, picked, reference, tiles, visits
+from nsa import Documents, NSACore, core, fused, hopper_picked, nsa_attention, picked, reference, score, tiles, visits
 from nsa.cases import CASES, Case, make_inputs
 from nsa.compress import _compress, block_linear, compress
 from nsa.memory import UNITS
@@ -339,6 +339,24 @@ def test_what_the_kernels_do_not_take_is_named(changes, reason):
     case = replace(SMALL, **changes)
     with pytest.raises(ValueError, match=reason):
         kernels.attend(case, make_inputs(case, torch.float32))
+
+
+@interpreted
+@pytest.mark.parametrize("blocks", [82, 242, 402])
+@pytest.mark.parametrize(("n", "initial"), [(16, 1), (66, 0)])
+def test_the_best_of_many_blocks_are_chosen(blocks, n, initial):
+    """Of the last tile of queries, with many equal scores: of those the smaller block. Runs of blocks are compared
+    first: of 242 runs of four, of 402 of eight."""
+    a = Attention(l=4, d=4, l_slc=4, n=n, initial=initial, local=2, w=4)
+    documents = kernels.packed(Case("long", (4 * blocks,), sizes=a))
+    tile = (4 * blocks - 1) // 64
+    scores = torch.randint(0, 40, (1, 1, 64, -(-blocks // 16) * 16), generator=torch.Generator().manual_seed(0)).float()
+    keys = torch.full((4 * blocks, 1, n - 2), -1, dtype=torch.int32)
+    score._launch_choose(scores, keys, documents, a, tile)
+    for t in range(64 * tile, 4 * blocks):
+        found = scores[0, 0, t % 64, initial : t // 4 - 1]
+        best = found.sort(descending=True, stable=True).indices[: n - 2 - initial] + initial
+        assert keys[t, 0].tolist() == [*range(initial), *best.tolist()]
 
 
 @interpreted
