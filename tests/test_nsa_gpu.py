@@ -27,7 +27,8 @@ from nsa.cases import ABLATIONS, CASES, LARGE, WHOLE, Case, fitted, make_inputs
 from nsa.memory import everything
 from parallel.rope import Rope
 from tests import kernels, ranks, tiny
-from tests.test_nsa_kernels import check_block_linear, check_causal, check_compress, check_ties, core_results
+from tests.test_nsa_compress import check_block_linear, check_compress
+from tests.test_nsa_kernels import check_causal, check_ties, core_results
 from tests.test_parity import train
 
 pytestmark = pytest.mark.gpu
