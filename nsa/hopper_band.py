@@ -276,18 +276,25 @@ def _attend(team: gl.constexpr, at, branch, turn, place, length, scale, memory, 
 
 
 @gluon.jit
-def _note(lse, log, team: gl.constexpr, start, place, length, n, head, GS: gl.constexpr, C: gl.constexpr):
-    """Stores the statistics of GS heads side by side."""
+def _note(lse1, lse2, lse3, branch, log, team: gl.constexpr, start, place, length, n, head, C: gl.constexpr):
+    """Stores a branch's statistics: of cmp those of a head side by side, of the others those of a group's heads."""
+    lse = lse1
+    if branch == 1:
+        lse = lse2
+    elif branch == 2:
+        lse = lse3
+    to_head, to_token = gl.where(branch == 0, n, 1), gl.where(branch == 0, 1, C.G)
     row = gl.arange(0, ROWS, layout=log.type.layout)
-    t, head = place + team * (ROWS // C.G) + row // C.G, head + row % C.G
-    gl.store(lse + (head // GS * n + start + t) * GS + head % GS, log, mask=t < length)
+    t = place + team * (ROWS // C.G) + row // C.G
+    gl.store(lse + head * n + (start + t) * to_token + row % C.G * to_head, log, mask=t < length)
 
 
 @gluon.jit
 def _compute(
     team: gl.constexpr, lse1, lse2, lse3, tokens, documents, n, heads, tiles, scale, memory, bars, C: gl.constexpr
 ):
-    """What a warpgroup does. All branches go through the same code: three times as much is too much for its cache."""
+    """What a warpgroup does. All branches go through the same code: three times as much is too much for its cache, and
+    what is seldom used is slow to come."""
     q_at = memory[0]
     q_ready, o_ready = bars[2:4]
     groups = heads // C.G
@@ -306,12 +313,7 @@ def _compute(
                     fence_async_shared()
                     tell(o_ready.index(slot))
                     done += 1
-                    if branch == 0:
-                        _note(lse1, log, team, start, place, length, n, head, 1, C)
-                    elif branch == 1:
-                        _note(lse2, log, team, start, place, length, n, head, C.G, C)
-                    else:
-                        _note(lse3, log, team, start, place, length, n, head, C.G, C)
+                    _note(lse1, lse2, lse3, branch, log, team, start, place, length, n, head, C)
         item += gl.num_programs(0)
 
 

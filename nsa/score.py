@@ -28,20 +28,20 @@ NONE = 2**31 - 1  # the key of no block, after all others in order
 def _score(
     q, q_rest, k, k_rest, lse, scores, tokens, blocks, documents, scale, first_tile, n, width, q_h, k_h,
     G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ALL: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LOCAL: tl.constexpr, ALL: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """scores [tile, h_kv, BQ, width] of one tile of queries and BN // R - 1 selection blocks, for one KV head.
 
     R compression blocks start in a selection block. The last of them reach into the next one: so the tile starts R
-    columns early, and what those reach over with goes to their neighbour.
+    columns early, and what those reach over with goes to their neighbour. Of blocks that are always near none are made.
     """
     J: tl.constexpr = BN // R
     local, group = tl.program_id(1), tl.program_id(2)
     document, start, length, place = locate(first_tile + local, tokens, documents, BQ)
     first = tl.program_id(0) * (J - 1) - 1  # a block that only its neighbour hears of
     last = tl.minimum(place + BQ, length) - 1
-    if (place >= length) | (last < ALL) | ((first + 1) * R * D > last):
+    if (place >= length) | (last < ALL) | (first + 1 > last // (R * D) - LOCAL):
         return
     t = place + tl.arange(0, BQ)
     there = t < length
@@ -186,7 +186,7 @@ def _launch_score(
     _score[triton.cdiv(width, bn // r - 1), count, groups](
         *columns(q, bq), *columns(k, bn), lse, scores, documents.tokens, documents.blocks, documents.count,
         q.shape[2] ** -0.5 * LOG2E, tile, len(q), width, q.stride(1), k.stride(1),
-        G=q.shape[1] // groups, E=e, E2=e2, L=sizes.l, D=sizes.d, R=r, ALL=everything(sizes),
+        G=q.shape[1] // groups, E=e, E2=e2, L=sizes.l, D=sizes.d, R=r, LOCAL=sizes.local, ALL=everything(sizes),
         BQ=bq, BN=bn, EXACT=precision(q), **options,
     )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 A visit leaves one partial output, however many blocks it has, and writing and reading these is what attention to chosen
 blocks spends its time on. The visits of a span are sorted by their blocks and cut into tiles, so that a tile goes
-through few blocks besides those that all of it chose.
+through few blocks besides those that all of it chose: in the order of a Gray code, where one set of blocks follows
+another that differs by one.
 """
 
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from nsa.score import NONE
 from nsa.tiles import Documents, locate
 
 WIDEST = 32  # blocks of a span: the bits of a mask
-SPANS = 14  # of the blocks that a chunk's last query sees: its choices, 13 by default, often meet in one of these
-DIGITS = 3  # blocks of a visit that it is sorted by
+SPANS = 12  # of the blocks that a chunk's last query sees: its choices, 13 by default, often meet in one of these
+DIGIT = 5  # bits of the place of a block in a span
+DIGITS = 3  # blocks of a visit that it is sorted by where a key has no room for all
+NARROW, WIDE = 2**16 - 2, 2**31 - 1  # keys that there are beside the highest, of 16 and 32 bits; 16 take half the time
 LAST = 2**30  # beside the bits of visits: a tile's last block
 HEAD = 3  # numbers of a plan's row before its visits
 GATHER = 8  # (query, KV head) of a program
@@ -37,35 +40,48 @@ class Visits:
     spans: int  # of a chunk and KV head, the empty ones included
 
 
-@triton.jit(do_not_specialize=["first", "end", "chunk", "span", "blocks", "spans"])
+@triton.jit
+def _code(mask, span, bits, DIGIT: tl.constexpr, DIGITS: tl.constexpr):
+    """What sets of blocks are sorted by, in so many bits: their ranks in the Gray code, or else their first blocks."""
+    if span <= bits:
+        code = mask
+        for i in tl.static_range(5):  # each bit becomes the sum of those above it and its own
+            code ^= code >> (1 << i)
+    else:
+        code, rest, place = tl.zeros_like(mask), mask, tl.zeros_like(mask)
+        for _ in tl.static_range(DIGITS):  # the next bit's place is the exponent of what it is worth
+            bit = (rest & -rest).to(tl.float32).to(tl.int32, bitcast=True) >> 23 & 255
+            place = tl.where(rest != 0, bit - 127, place)
+            code, rest = code << DIGIT | place, rest & (rest - 1)
+    return code
+
+
+@triton.jit(do_not_specialize=["first", "end", "chunk", "span", "blocks", "spans", "bits", "low"])
 def _gather(
-    chosen, keys, masks, counts, first, end, chunk, span, blocks, spans,
-    GROUPS: tl.constexpr, PICKS: tl.constexpr, INITIAL: tl.constexpr, NONE: tl.constexpr, WIDEST: tl.constexpr,
+    chosen, keys, masks, counts, first, end, chunk, span, blocks, spans, bits, low,
+    GROUPS: tl.constexpr, PICKS: tl.constexpr, INITIAL: tl.constexpr, NONE: tl.constexpr, DIGIT: tl.constexpr,
     DIGITS: tl.constexpr, P: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """The visits of BR rows (query, KV head), their keys by place and then by their first blocks."""
+    """The visits of BR rows (query, KV head), their keys from `low` on by place and then by their blocks."""
     MOST: tl.constexpr = PICKS - INITIAL
     row, pick = first + tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, P)
     at, group = (row.to(tl.int64) * PICKS + INITIAL)[:, None], (row % GROUPS)[:, None]
     real = (row < end)[:, None] & (pick < MOST)[None, :]
     x = tl.load(chosen + at + pick[None, :], mask=real, other=NONE)
-    place, cell = (x - group * blocks) // span, (x - group * blocks) % span
+    place = (x - group * blocks) // span
     leads, mask = x != NONE, tl.zeros([BR, P], tl.int32)
     for i in tl.static_range(MOST):
         y = tl.load(chosen + at + i, mask=(row < end)[:, None], other=NONE)
         together = (y != NONE) & ((y - group * blocks) // span == place)
         mask |= tl.where(together, 1 << (y - group * blocks) % span, 0)
         leads &= (together & (y < x)) == 0
-    key, rest = ((chunk * GROUPS + group) * spans + place) * WIDEST + cell, mask & (mask - 1)
-    for _ in tl.static_range(DIGITS - 1):  # the next bit's place is the exponent of what it is worth
-        bit = (rest & -rest).to(tl.float32).to(tl.int32, bitcast=True) >> 23 & 255
-        cell = tl.where(rest != 0, bit - 127, cell)
-        key, rest = key * WIDEST + cell, rest & (rest - 1)
+    key = (((chunk * GROUPS + group) * spans + place) << bits) + _code(mask, span, bits, DIGIT, DIGITS) + low
     slot, count = tl.cumsum(leads.to(tl.int32), 1) - 1, tl.sum(leads.to(tl.int32), 1)
     to = (row.to(tl.int64) * MOST)[:, None]
+    last = 2 ** (keys.dtype.element_ty.primitive_bitwidth - 1) - 1
     tl.store(keys + to + slot, key, mask=leads)
     tl.store(masks + to + slot, mask, mask=leads)
-    tl.store(keys + to + pick[None, :], NONE, mask=real & (pick[None, :] >= count[:, None]))
+    tl.store(keys + to + pick[None, :], last, mask=real & (pick[None, :] >= count[:, None]))
     tl.store(counts + row, count, mask=row < end)
 
 
@@ -114,26 +130,32 @@ def span(chunk: int, documents: Documents, slc: int) -> int:
     return max(1, min(WIDEST, min(documents.longest, (chunk + 1) * CHUNK) // slc // SPANS))
 
 
+def _key(places: int, widest: int) -> tuple[torch.dtype, int, int]:
+    """Of keys their kind, the lowest one, and how many bits beside the place are left for the blocks of a span."""
+    if places << widest <= NARROW:
+        return torch.int16, -(2**15), widest
+    return torch.int32, 0, (WIDE // places).bit_length() - 1
+
+
 def gather(chosen: Tensor, documents: Documents, initial: int, slc: int) -> Visits:
     """The visits of chosen [n, h_kv, picks] from `score.choose` but its first `initial`."""
     n, groups, picks = chosen.shape
     chunks, blocks, most = triton.cdiv(n, CHUNK), documents.tiles(slc), picks - initial
     spans = blocks // span(0, documents, slc) + 1
-    digits = DIGITS
-    while digits > 1 and chunks * groups * spans * WIDEST**digits >= 2**31:
-        digits -= 1
-    keys, masks = (torch.empty(n * groups * most, dtype=torch.int32, device=chosen.device) for _ in range(2))
+    places = chunks * groups * spans
+    kind, low, bits = _key(places, span(chunks - 1, documents, slc))
+    keys = torch.empty(n * groups * most, dtype=kind, device=chosen.device)
+    masks = torch.empty_like(keys, dtype=torch.int32)
     counts = torch.empty(n, groups, dtype=torch.int32, device=chosen.device)
     for c in range(chunks):
         first, end = c * CHUNK * groups, min(n, (c + 1) * CHUNK) * groups
         _gather[(triton.cdiv(end - first, GATHER),)](
-            chosen, keys, masks, counts, first, end, c, span(c, documents, slc), blocks, spans,
-            GROUPS=groups, PICKS=picks, INITIAL=initial, NONE=NONE, WIDEST=WIDEST, DIGITS=digits,
+            chosen, keys, masks, counts, first, end, c, span(c, documents, slc), blocks, spans, bits, low,
+            GROUPS=groups, PICKS=picks, INITIAL=initial, NONE=NONE, DIGIT=DIGIT, DIGITS=min(DIGITS, bits // DIGIT),
             P=triton.next_power_of_2(most), BR=GATHER, num_warps=4,
         )  # fmt: skip
     keys, order = torch.sort(keys, stable=True)
-    step = WIDEST**digits
-    every = torch.arange(0, chunks * groups * spans * step + 1, step, dtype=torch.int32, device=chosen.device)
+    every = torch.arange(low, low + (places << bits) + 1, 1 << bits, dtype=kind, device=chosen.device)
     return Visits(order, masks, counts, torch.searchsorted(keys, every, out_int32=True), most, spans)
 
 

@@ -54,10 +54,13 @@ CASES = [
 ]
 
 
+KEYS = {"16 bits": {}, "32 bits": {"NARROW": 0}, "few bits": {"NARROW": 0, "WIDE": 2**13}}
+
+
 @pytest.mark.parametrize(("case", "spans", "chunk"), CASES, ids=lambda x: getattr(x, "name", ""))
-@pytest.mark.parametrize("digits", [1, 3])
-def test_tiles_go_through_what_visits_chose(case, spans, chunk, digits, monkeypatch):
-    for name, value in {"SPANS": spans, "CHUNK": chunk, "DIGITS": digits}.items():
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
+def test_tiles_go_through_what_visits_chose(case, spans, chunk, keys, monkeypatch):
+    for name, value in {"SPANS": spans, "CHUNK": chunk, **keys}.items():
         monkeypatch.setattr(visits, name, value)
     documents, a, size = packed(case), case.sizes, 12
     chosen, n = choices(case, documents), case.tokens
@@ -94,31 +97,45 @@ def test_tiles_go_through_what_visits_chose(case, spans, chunk, digits, monkeypa
 
 
 def test_visits_of_the_same_blocks_share_tiles(monkeypatch):
-    """Sorted by their first blocks, they go through few others: without, through most of a span."""
+    """Sorted by their first blocks they go through fewer others, and fewer still in the order of a Gray code."""
     case = Case("long", (560,), 1, 1, 16, 16, Attention(l=8, d=8, l_slc=8, n=14, local=1, initial=0))
-    monkeypatch.setattr(visits, "SPANS", 9)
     documents, work = packed(case), []
     chosen = choices(case, documents)
-    for digits in (1, 3):
-        monkeypatch.setattr(visits, "DIGITS", digits)
+    for digits, wide in ((0, 2**17), (3, 2**17), (3, 2**31 - 1)):
+        for name, value in {"SPANS": 4, "NARROW": 0, "WIDE": wide, "DIGITS": digits}.items():
+            monkeypatch.setattr(visits, name, value)
         found = visits.gather(chosen, documents, 0, 8)
         rows = visits.plan(found, documents, 0, case.tokens, 8, 12)
         used = int(found.starts[-1]) // 12 + found.spans
         work.append(int(rows[:used, 0].sum()))
     assert work[1] < 0.85 * work[0]
+    assert work[2] < 0.97 * work[1]
 
 
-def test_keys_stay_within_31_bits(monkeypatch):
-    """Of many documents and KV heads fewer blocks are sorted by; visits stay what they are."""
+@pytest.mark.parametrize("widest", [1, 10, 32])
+@pytest.mark.parametrize("places", [1, 3, 52, 53, 63, 64, 65, 4095, 4096, 100_000])
+def test_keys_fit_their_kind(places, widest):
+    """The highest of a kind is no key of a visit, and lies at or above where the last place ends."""
+    kind, low, bits = visits._key(places, widest)
+    assert torch.iinfo(kind).min <= low
+    assert low + (places << bits) <= torch.iinfo(kind).max
+    assert bits >= widest or kind == torch.int32
+    assert low + (places << bits + 1) > torch.iinfo(kind).max or bits == widest
+
+
+def test_few_bits_leave_visits_as_they_are(monkeypatch):
+    """Of many documents and KV heads keys tell less of the blocks."""
     case = Case("many", (3,) * 9 + (100,), 2, 2, 16, 16, OTHER)
     documents = packed(case)
     chosen = choices(case, documents)
     monkeypatch.setattr(visits, "SPANS", 3)
-    few = visits.gather(chosen, documents, 2, 8)
-    monkeypatch.setattr(visits, "DIGITS", 6)
-    many = visits.gather(chosen, documents, 2, 8)
-    assert torch.equal(few.counts, many.counts)
-    assert torch.equal(few.starts, many.starts)
-    real = (torch.arange(few.most) < few.counts[..., None]).flatten()
-    assert torch.equal(few.masks[real], many.masks[real])
-    assert (many.order[: int(many.starts[-1])].sort().values == real.nonzero().flatten()).all()
+    full = visits.gather(chosen, documents, 2, 8)
+    real = (torch.arange(full.most) < full.counts[..., None]).flatten()
+    for keys in [*list(KEYS.values())[1:], {"WIDE": 60}]:
+        for name, value in keys.items():
+            monkeypatch.setattr(visits, name, value)
+        found = visits.gather(chosen, documents, 2, 8)
+        assert torch.equal(full.counts, found.counts)
+        assert torch.equal(full.starts, found.starts)
+        assert torch.equal(full.masks[real], found.masks[real])
+        assert (found.order[: int(found.starts[-1])].sort().values == real.nonzero().flatten()).all()
