@@ -293,8 +293,7 @@ def _note(lse1, lse2, lse3, branch, log, team: gl.constexpr, start, place, lengt
 def _compute(
     team: gl.constexpr, lse1, lse2, lse3, tokens, documents, n, heads, tiles, scale, memory, bars, C: gl.constexpr
 ):
-    """What a warpgroup does. All branches go through the same code: three times as much is too much for its cache, and
-    what is seldom used is slow to come."""
+    """What a warpgroup does. All branches go through the same code: three times as much is too much for its cache."""
     q_at = memory[0]
     q_ready, o_ready = bars[2:4]
     groups = heads // C.G

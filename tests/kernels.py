@@ -9,16 +9,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 from unittest import mock
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.schema import Backend, Branch
-from nsa import Documents, nsa_attention, reference, tiles
+from configs.schema import Attention, Backend, Branch
+from nsa import Documents, fused, nsa_attention, reference, tiles
 from nsa.cases import Case, make_inputs
 
 FLOOR = {torch.bfloat16: 1e-3, torch.float16: 1e-4, torch.float32: 2e-6}  # relative errors that are none
 NEAR = 1e-4  # scores that differ by less, relatively, may trade places
+CPU = torch.device("cpu")
+SIZES = Attention(l=8, d=4, l_slc=16, n=3, w=12)
+SMALL = Case("small", (50, 9), heads=2, kv_heads=1, sizes=SIZES)
+interpreted = pytest.mark.skipif(not fused.INTERPRETED, reason="the interpreter is off where there is a GPU")
 
 
 def attend(case: Case, x: dict[str, Tensor], backend: Backend = Backend.triton) -> Tensor:

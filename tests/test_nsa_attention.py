@@ -11,15 +11,11 @@ import pytest
 import torch
 
 from configs.errors import ConfigError
-from configs.schema import Attention, Backend
+from configs.schema import Backend
 from nsa import Documents, fused, nsa_attention, reference
-from nsa.cases import Case, make_inputs
+from nsa.cases import make_inputs
 from tests import kernels, tiny
-
-interpreted = pytest.mark.skipif(not fused.INTERPRETED, reason="the interpreter is off where there is a GPU")
-CPU = torch.device("cpu")
-SIZES = Attention(l=8, d=4, l_slc=16, n=3, w=12)
-SMALL = Case("small", (50, 9), heads=2, kv_heads=1, sizes=SIZES)
+from tests.kernels import CPU, SIZES, SMALL, interpreted
 
 
 @interpreted

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from configs.schema import Attention
-from nsa import Documents, NSACore, bench, fused
+from nsa import Documents, NSACore, bench
 from nsa.parts import parts
+from tests.kernels import interpreted
 
 
 def test_floors_are_those_of_the_arithmetic():
@@ -32,7 +33,7 @@ def test_without_a_gpu_it_says_so(capsys):
     )
 
 
-@pytest.mark.skipif(not fused.INTERPRETED, reason="the interpreter is off where there is a GPU")
+@interpreted
 def test_all_parts_run():
     a, cpu, generator = Attention(l=8, d=4, l_slc=16, n=4, w=12), torch.device("cpu"), torch.Generator().manual_seed(0)
     core = NSACore(a, 8, 8)

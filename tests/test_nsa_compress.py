@@ -12,7 +12,7 @@ from nsa import Documents, NSACore, core, reference
 from nsa.compress import _compress, block_linear, compress
 from nsa.memory import UNITS
 from tests import kernels
-from tests.test_nsa_kernels import CPU, SIZES, interpreted
+from tests.kernels import CPU, SIZES, interpreted
 
 
 def check_block_linear(device: str, dtype: torch.dtype, heads: int, width: int, hidden: int, l: int, d: int) -> None:

@@ -11,15 +11,15 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 import tests.gluon
 from configs.schema import Attention
-from nsa import band, fused, hopper_band, hopper_picked, tiles, visits
+from nsa import band, hopper_band, hopper_picked, tiles, visits
 from nsa.cases import Case, make_inputs
 from nsa.hopper import boxes
 from nsa.score import NONE
 from tests.gluon import Emulated
-from tests.kernels import packed
+from tests.kernels import interpreted, packed
 from tests.test_nsa_visits import choices, seen_by_visit
 
-pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="the interpreter is off where there is a GPU")
+pytestmark = interpreted
 
 SMALL = Attention(l=16, d=8, l_slc=16, n=3, local=1, w=30)
 OTHER = Attention(l=16, d=16, l_slc=32, n=3, initial=2, local=1, w=1)

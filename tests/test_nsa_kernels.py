@@ -16,12 +16,9 @@ from nsa import Documents, NSACore, fused, hopper_picked, picked, reference, sco
 from nsa.cases import CASES, Case, make_inputs
 from parallel.rope import Rope
 from tests import kernels
+from tests.kernels import SIZES, SMALL, interpreted
 from tests.test_nsa_visits import seen_by_visit
 
-interpreted = pytest.mark.skipif(not fused.INTERPRETED, reason="the interpreter is off where there is a GPU")
-CPU = torch.device("cpu")
-SIZES = Attention(l=8, d=4, l_slc=16, n=3, w=12)
-SMALL = Case("small", (50, 9), heads=2, kv_heads=1, sizes=SIZES)
 HOSTILE = ("one token", "exactly a block", "empty document", "window of one", "much overlap", "one KV head")
 HOSTILE += ("no block to score by", "one query a tile", "blocks of one token")
 

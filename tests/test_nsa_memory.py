@@ -8,9 +8,10 @@ import torch
 from configs.schema import Attention, Branch
 from nsa import fused, memory
 from nsa.cases import Case, make_inputs
+from tests.kernels import interpreted
 from tests.test_peak import Live
 
-pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="the interpreter is off where there is a GPU")
+pytestmark = interpreted
 
 LONG = Case("long", (96,), 16, 1, 32, 16, Attention(l=16, d=8, l_slc=16, n=4, local=1, w=20))
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from configs.schema import Attention
-from nsa import fused, tiles, visits
+from nsa import tiles, visits
 from nsa.cases import Case
 from nsa.score import NONE
-from tests.kernels import packed
+from tests.kernels import interpreted, packed
 
-pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="the interpreter is off where there is a GPU")
+pytestmark = interpreted
 
 
 def choices(case: Case, documents: tiles.Documents) -> torch.Tensor:
