@@ -258,6 +258,8 @@ def _attend(team: gl.constexpr, at, branch, turn, place, length, scale, memory, 
         acc = warpgroup_mma(p, v_at.index(slot), acc, is_async=True)
         s = warpgroup_mma_wait(1, [s])  # softmax of these scores beside the product with values
         weights, shrink, peak, total = _weigh(s, i, peak, total, scale, t, branch, tiles, v_at.dtype, C)
+        if C.E2 > 0:  # A loop, though done: ptxas takes no exponential after it. Narrower heads gain nothing.
+            mbarrier.wait(ready.index(slot), (turn + i) // C.STAGES & 1)
         acc, p = warpgroup_mma_wait(0, [acc, p])
         tell(empty.index(slot))
         acc *= shrink
