@@ -36,6 +36,18 @@ def tell(bar):
     mbarrier.arrive(bar, count=1)
 
 
+@gluon.jit
+def write(at, value):
+    """Leaves a number in shared memory."""
+    at.store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
+
+
+@gluon.jit
+def read(at):
+    """A number in shared memory."""
+    return gl.max(at.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+
+
 def takes(q: Tensor, v: Tensor) -> bool:
     """Whether q [n, h, dk] is on such a GPU, in 16 bit, and heads have 64, 128, or 192 and 128 channels."""
     there = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.element_size() == 2

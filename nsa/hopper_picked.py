@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa import visits
-from nsa.hopper import BARRIERS, BN, ROWS, SHARED, TEAMS, Widths, boxes, columns, multiprocessors, takes, tell
+from nsa.hopper import BARRIERS, BN, ROWS, SHARED, TEAMS, Widths, boxes, columns, multiprocessors, read, takes, tell, write
 from nsa.memory import CHUNK
 from nsa.tiles import LOG2E, Documents, halves
 from nsa.visits import Visits, tiles_of
@@ -42,17 +42,6 @@ class Sizes(Widths):
 
 
 @gluon.jit
-def _write(at, value):
-    """Leaves a number in shared memory."""
-    at.store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
-
-
-@gluon.jit
-def _read(at):
-    return gl.max(at.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
-
-
-@gluon.jit
 def _take(plan, taken, tiles, memory, bars, C: gl.constexpr):
     """What the warp does that takes tiles with visits, for as long as there are any. They differ in work: a program
     takes its next one when it gets to it."""
@@ -64,7 +53,7 @@ def _take(plan, taken, tiles, memory, bars, C: gl.constexpr):
         if (tile >= tiles) | (gl.load(plan + gl.minimum(tile, tiles - 1) * C.WIDTH) > 0):
             slot = turn % AHEAD
             mbarrier.wait(taken_empty.index(slot), turn // AHEAD & 1 ^ 1)
-            _write(which.index(2 + slot), tile)
+            write(which.index(2 + slot), tile)
             mbarrier.arrive(taken_ready.index(slot), count=1)
             turn += 1
 
@@ -76,7 +65,7 @@ def _next(turn, tile, tiles, memory, bars):
         taken_ready, taken_empty = bars[4:]
         slot = turn % AHEAD
         mbarrier.wait(taken_ready.index(slot), turn // AHEAD & 1)
-        tile = _read(memory[5].index(2 + slot))
+        tile = read(memory[5].index(2 + slot))
         mbarrier.arrive(taken_empty.index(slot), count=1)
     return tile
 
@@ -87,7 +76,7 @@ def _fill(q, q_rest, plan, tile, tiles, slot, memory, bars, C: gl.constexpr):
     q_at, q2_at = memory[:2]
     which, bar = memory[5].index(slot), bars[0].index(slot)
     EACH: gl.constexpr = ROWS // C.G
-    _write(which, tile)
+    write(which, tile)
     if tile >= tiles:
         mbarrier.arrive(bar, count=1)
     else:
@@ -142,7 +131,7 @@ def _load(k, k_rest, v, plan, tiles, memory, bars, C: gl.constexpr):
             stage = turn % C.STAGES
             bar = ready.index(stage)
             mbarrier.wait(empty.index(stage), turn // C.STAGES & 1 ^ 1)
-            _write(chosen_by.index(stage), who)
+            write(chosen_by.index(stage), who)
             mbarrier.expect(bar, BN * (E + C.F) * 2)
             tma.async_copy_global_to_shared(k, [token, group * E], bar, k_at.index(stage))
             if C.E2 > 0:
@@ -167,7 +156,7 @@ def _compute(team: gl.constexpr, lse, plan, tiles, first_visit, scale, memory, b
     head = gl.arange(0, ROWS, layout=rows) % C.G
     turn, done = 0, 0
     mbarrier.wait(q_ready.index(0), 0)
-    tile = _read(which.index(0))
+    tile = read(which.index(0))
     while tile < tiles:
         row, slot = plan + tile * C.WIDTH, done % 2 * TEAMS + team
         size, visit = gl.load(row + 1), gl.load(row + HEAD + mine) - first_visit
@@ -178,7 +167,7 @@ def _compute(team: gl.constexpr, lse, plan, tiles, first_visit, scale, memory, b
         while more:
             stage = turn % C.STAGES
             mbarrier.wait(ready.index(stage), turn // C.STAGES & 1)
-            who = _read(chosen_by.index(stage))
+            who = read(chosen_by.index(stage))
             ours = who >> team * EACH & (1 << EACH) - 1
             more = who < LAST
             if ours != 0:
@@ -210,7 +199,7 @@ def _compute(team: gl.constexpr, lse, plan, tiles, first_visit, scale, memory, b
         gl.store(lse + visit * C.G + head, log, mask=mine < size)
         done += 1
         mbarrier.wait(q_ready.index(done % 2), done // 2 & 1)
-        tile = _read(which.index(done % 2))
+        tile = read(which.index(done % 2))
 
 
 @gluon.jit(do_not_specialize=["chunk", "spans", "first_visit", "ends"])

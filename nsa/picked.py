@@ -3,7 +3,7 @@
 The pairs (query, chosen block) of a chunk of queries are sorted by block and cut into runs of equal length, one for a
 program: however many queries choose a block, the work is even. A program gathers its queries a tile at a time and
 leaves for each pair a softmax over that block alone; a merge then joins a query's parts, and the branches. On GPUs of
-sm_90 a part is a visit (visits.py), of several blocks. Backward leaves for each pair a part of dq, and for each stretch
+sm_90 a part is a visit (visits.py), of several blocks; they have a kernel of their own for backward too. Backward leaves for each pair a part of dq, and for each stretch
 of a run in one block a part of dk and dv. Everything is summed in a fixed order. A chunk bounds what is held at once.
 Chosen blocks are whole and lie before the query: nothing is masked.
 """
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from configs.schema import Attention
-from nsa import hopper_picked, visits
+from nsa import hopper_picked, hopper_picked_backward, visits
 from nsa.beside import Beside
 from nsa.memory import BACK_RUN, CHUNK
 from nsa.pairs import RUN, Pairs, sort
@@ -325,7 +325,9 @@ def backward(
     _, groups, picks = chosen.shape
     width, g, slc = v.shape[2], heads // groups, sizes.l_slc
     size, blocks = min(CHUNK, n), documents.tiles(slc)
-    pairs = sort(chosen, CHUNK, blocks)
+    pairs, one_chunk = sort(chosen, CHUNK, blocks), differentiate
+    if hopper_picked.fits(q, v, slc):
+        one_chunk, q, do = hopper_picked_backward.differentiate, q.contiguous(), do.contiguous()
     slots = triton.cdiv(size * picks, BACK_RUN) + blocks
     part = q.new_empty(size, groups, picks, g, e)
     dk_part = k.new_empty(groups, slots, slc, e, dtype=torch.float32)
@@ -333,7 +335,7 @@ def backward(
     bt, scale = max(1, 16 // g), e**-0.5
     for c, first in enumerate(range(0, n, CHUNK)):
         count = min(CHUNK, n - first)
-        differentiate(q, k, v, do, shift, delta, part, dk_part, dv_part, pairs, documents, c)
+        one_chunk(q, k, v, do, shift, delta, part, dk_part, dv_part, pairs, documents, c)
         near.wait()
         _merge_queries[triton.cdiv(count, bt), groups](
             chosen, part, dq, first, n, groups, scale,

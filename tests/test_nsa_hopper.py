@@ -11,9 +11,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 import tests.gluon
 from configs.schema import Attention
-from nsa import band, hopper_band, hopper_picked, tiles, visits
+from nsa import band, hopper_band, hopper_picked, hopper_picked_backward, picked, tiles, visits
 from nsa.cases import Case, make_inputs
 from nsa.hopper import boxes
+from nsa.pairs import sort
 from nsa.score import NONE
 from tests.gluon import Emulated
 from tests.kernels import interpreted, packed
@@ -81,6 +82,35 @@ def test_chosen_blocks(heads, groups, qk, v, monkeypatch):
         assert o.isnan().all()
         assert lse.isnan().all()
     assert several > 50
+
+
+@pytest.mark.parametrize(("heads", "groups", "qk", "v"), [(16, 1, 64, 64), (64, 2, 192, 128), (64, 1, 128, 128)])
+def test_gradients_of_chosen_blocks(heads, groups, qk, v, monkeypatch):
+    """Chunk by chunk: the parts of the kernel for any GPU, and what that one leaves untouched."""
+    case, chunk, run = Case("chosen", (500, 1, 200), heads, groups, qk, v, Attention(n=5, local=1, initial=1)), 256, 48
+    x, documents = inputs(case)
+    chosen, n, g, blocks = choices(case, documents), case.tokens, heads // groups, documents.tiles(64)
+    chosen[:chunk:3] = NONE
+    q, k, values, do = x["q"], x["k_slc"], x["v_slc"], torch.randn(n, heads, v).bfloat16()
+    shift, delta = torch.randn(groups, n + 3, g) + 8, torch.randn(groups, n + 3, g)
+    for module in (picked, hopper_picked_backward):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(module, "BACK_RUN", run)
+    monkeypatch.setattr(hopper_picked_backward, "_backward", Emulated(hopper_picked_backward._backward))
+    monkeypatch.setattr(hopper_picked_backward, "multiprocessors", lambda _: 2)
+    pairs, picks = sort(chosen, chunk, blocks), chosen.shape[2]
+    slots = -(-chunk * picks // run) + blocks
+    shapes = (chunk, groups, picks, g, qk), (groups, slots, 64, qk), (groups, slots, 64, v)
+    for c in range(-(-n // chunk)):
+        ours, expected = ([torch.full(shape, float("nan")) for shape in shapes] for _ in range(2))
+        ours[0] = ours[0].bfloat16()
+        exact = [t.float() for t in (q, k, values, do)]
+        picked.differentiate(*exact, shift, delta, *expected, pairs, documents, c)
+        hopper_picked_backward.differentiate(q, k, values, do, shift, delta, *ours, pairs, documents, c)
+        for part, wanted in zip(ours, expected):
+            assert not wanted.isnan().all()
+            size = wanted.nan_to_num().abs().max().item()
+            torch.testing.assert_close(part.float(), wanted, rtol=0.02, atol=0.01 * size, equal_nan=True)
 
 
 @gluon.jit
