@@ -21,7 +21,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa import visits
-from nsa.hopper import BARRIERS, BN, ROWS, SHARED, TEAMS, Widths, boxes, columns, multiprocessors, read, takes, tell, write
+from nsa.hopper import (
+    BARRIERS,
+    BN,
+    ROWS,
+    SHARED,
+    TEAMS,
+    Widths,
+    boxes,
+    columns,
+    multiprocessors,
+    read,
+    takes,
+    tell,
+    write,
+)
 from nsa.memory import CHUNK
 from nsa.tiles import LOG2E, Documents, halves
 from nsa.visits import Visits, tiles_of

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa.hopper import BARRIERS, BN, ROWS, SHARED, Widths, boxes, columns, multiprocessors, read, tell, write
-from nsa.memory import BACK_RUN, CHUNK
+from nsa.memory import BACK_RUN
 from nsa.pairs import Pairs
 from nsa.tiles import LOG2E, Documents, halves, locate
 
@@ -59,6 +59,16 @@ def _stretch(i, end, tiles):
 
 
 @gluon.jit
+def _pairs(j, stop, tiles, C: gl.constexpr):
+    """The pairs of the tile at j, asked for all at once; the last one stands for those that are missing."""
+    order = tiles[0][1]
+    found = (gl.load(order + j),)
+    for p in gl.static_range(1, gl.constexpr(C.EACH)):
+        found += (gl.load(order + gl.minimum(j + p, stop - 1)),)
+    return found
+
+
+@gluon.jit
 def _load(source, tokens, documents, slots, tiles, memory, bars, C: gl.constexpr):
     """What the warp does that loads tiles and blocks. It says where a tile is the last one of a stretch: the place of
     the stretch's sums and 1, otherwise 0, and -1 after all tiles."""
@@ -66,7 +76,7 @@ def _load(source, tokens, documents, slots, tiles, memory, bars, C: gl.constexpr
     q_at, q2_at, do_at, k_at, k2_at, v_at = memory[:6]
     says, of_block = memory[11:13]
     ready, empty, block_ready, block_empty = bars[:4]
-    order, runs = tiles[0][1], tiles[3]
+    runs = tiles[3]
     turn, block, item = 0, 0, gl.program_id(0)
     while item < runs * C.GROUPS:
         i, end, key0, group = _run(item, tiles, C)
@@ -83,14 +93,14 @@ def _load(source, tokens, documents, slots, tiles, memory, bars, C: gl.constexpr
             tma.async_copy_global_to_shared(v, [start + place, group * v_h], bar, v_at.index(b))
             slot = group * slots + item % runs + key - key0  # run and block both only grow: no other stretch has it
             for j in range(i, stop, C.EACH):
+                pairs = _pairs(j, stop, tiles, C)
                 stage, bar = turn % C.STAGES, ready.index(turn % C.BARS)
                 mbarrier.wait(empty.index(stage), turn // C.STAGES & 1 ^ 1)
                 write(says.index(stage), gl.where(j + C.EACH >= stop, slot + 1, 0))
                 write(of_block.index(stage), block)
                 mbarrier.expect(bar, ROWS * (C.E + C.E2 + C.F) * 2)
                 for p in gl.static_range(gl.constexpr(C.EACH)):
-                    pair = gl.load(order + gl.minimum(j + p, stop - 1))
-                    row = (pair // (C.GROUPS * C.PICKS) * C.GROUPS + group) * C.G
+                    row = (pairs[p] // (C.GROUPS * C.PICKS) * C.GROUPS + group) * C.G
                     tma.async_copy_global_to_shared(q, [row, 0], bar, q_at.index(stage).slice(p * C.G, C.G))
                     if C.E2 > 0:
                         to = q2_at.index(stage).slice(p * C.G, C.G)
@@ -144,17 +154,17 @@ def _store(dq, dq_rest, base, ends, tiles, memory, bars, C: gl.constexpr):
     """What the warp does that stores parts of dq."""
     out_at, out2_at = memory[13:]
     out_ready, out_empty = bars[6:]
-    order, runs = tiles[0][1], tiles[3]
+    runs = tiles[3]
     turn, item = 0, gl.program_id(0)
     while item < runs * C.GROUPS:
         i, end, _key0, _group = _run(item, tiles, C)
         while i < end:
             _key, stop = _stretch(i, end, tiles)
             for j in range(i, stop, C.EACH):
+                pairs = _pairs(j, stop, tiles, C)
                 mbarrier.wait(out_ready, turn & 1)
                 for p in gl.static_range(gl.constexpr(C.EACH)):
-                    pair = gl.load(order + gl.minimum(j + p, stop - 1))
-                    at = gl.where(j + p < stop, (pair - base) * C.G, ends)
+                    at = gl.where(j + p < stop, (pairs[p] - base) * C.G, ends)
                     tma.async_copy_shared_to_global(dq, [at, 0], out_at.slice(p * C.G, C.G))
                     if C.E2 > 0:
                         tma.async_copy_shared_to_global(dq_rest, [at, C.E], out2_at.slice(p * C.G, C.G))
@@ -359,7 +369,7 @@ def _backward(
                 (_store, (dq, dq_rest, base, ends, tiles, memory, bars, C)),
             ],
             [4, 4, 4, 1, 1, 1],
-            [96, 168, 96, 24, 24, 24],
+            [96, 160, 96, 32, 32, 32],
         )
     else:
         gl.warp_specialize(
@@ -382,7 +392,8 @@ def differentiate(
 ) -> None:  # fmt: skip
     """As `picked.differentiate`; q [n, h, dk] and do [n, h, dv] are contiguous."""
     (n, heads, e), (_, groups, f), (_, slots, slc, _) = q.shape, v.shape, dk.shape
-    g, (e1, e2), picks, count = heads // groups, halves(e), dq.shape[2], min(CHUNK, n - chunk * CHUNK)
+    g, (e1, e2), (size, _, picks, *_) = heads // groups, halves(e), dq.shape
+    count = min(size, n - chunk * size)
     rows, keys, teams = ROWS.value, BN.value, 1 if e2 else 2  # of wide heads two have not enough registers
     free = SHARED - BARRIERS - 2 * keys * (e + f) * 2 - 2 * teams * rows * keys * 2 - rows * e * 2
     stages = min(4, free // (rows * ((e + f) * 2 + 8)))
@@ -395,6 +406,6 @@ def differentiate(
     _backward[(min(multiprocessors(q.device), runs * groups),)](
         *q_boxes, boxes(do.view(-1, f), g)[0], *columns(k, slc), columns(v, slc)[0], k.stride(1), v.stride(1),
         shift, delta, shift.shape[1], *dq_boxes, dk, dv, pairs.keys, pairs.order, pairs.starts, documents.tokens,
-        documents.count, e**-0.5 * LOG2E, chunk, chunk * CHUNK * groups * picks, documents.tiles(slc), runs, slots,
+        documents.count, e**-0.5 * LOG2E, chunk, chunk * size * groups * picks, documents.tiles(slc), runs, slots,
         dq.numel() // e, c, num_warps=4, maxnreg=96 if teams == 2 else 128,
     )  # fmt: skip

@@ -3,8 +3,9 @@
 The pairs (query, chosen block) of a chunk of queries are sorted by block and cut into runs of equal length, one for a
 program: however many queries choose a block, the work is even. A program gathers its queries a tile at a time and
 leaves for each pair a softmax over that block alone; a merge then joins a query's parts, and the branches. On GPUs of
-sm_90 a part is a visit (visits.py), of several blocks; they have a kernel of their own for backward too. Backward leaves for each pair a part of dq, and for each stretch
-of a run in one block a part of dk and dv. Everything is summed in a fixed order. A chunk bounds what is held at once.
+sm_90 a part is a visit (visits.py), of several blocks. Backward leaves for each pair a part of dq, and for each stretch
+of a run in one block a part of dk and dv, on GPUs of sm_90 by a kernel of its own (hopper_picked_backward.py).
+Everything is summed in a fixed order. A chunk bounds what is held at once.
 Chosen blocks are whole and lie before the query: nothing is masked.
 """
 

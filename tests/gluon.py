@@ -3,13 +3,16 @@
 A kernel's own source runs, its names bound to stand-ins: tensors are torch's, each group of warps is a thread, and
 barriers count arrivals and bytes as the GPU's do. What the copy engine was asked for happens as late as it may: what it
 loads is NaN until somebody has waited for its barrier, and what it stores is read when stores are waited for. So a wait
-that is missing, or for the wrong phase, shows by NaN or by never ending. Products are of the operands' own precision,
+that is missing, or for the wrong phase, shows by NaN or by never ending. Where groups of warps are uneven, each is slow
+at times, and a barrier that one of them can miss a phase of shows too. Products are of the operands' own precision,
 their sums in fp32, done at once: a wait for them that is missing does not show, nor do warps that fall apart.
 """
 
 import builtins
 import itertools
+import random
 import threading
+import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +25,7 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 PATIENCE = 60.0  # seconds until a wait is one for ever
+PAUSES = (0.0, 0.0, 0.0, 0.001, 0.03)  # seconds at most, before a group of warps meets others
 
 
 class Values(Tensor):
@@ -147,11 +151,12 @@ class Boxes:
 class Program:
     """One program of a grid: its barriers, what its copy engine still has to store, and the stand-ins for modules."""
 
-    def __init__(self, place: tuple[int, ...], grid: tuple[int, ...]):
-        self.place, self.grid = place, grid
+    def __init__(self, place: tuple[int, ...], grid: tuple[int, ...], uneven: bool = False):
+        self.place, self.grid, self.uneven = place, grid, uneven
         self.changed = threading.Condition()
         self.barriers: dict[int, Barrier] = {}
         self.stores = threading.local()
+        self.pauses = threading.local()
 
     def barrier(self, at: Shared) -> Barrier:
         return self.barriers.setdefault(at.memory.data_ptr(), Barrier())
@@ -159,17 +164,26 @@ class Program:
     def init(self, at: Shared, count: int) -> None:
         self.barrier(at).count = count
 
+    def pause(self) -> None:
+        if self.uneven:
+            longest = vars(self.pauses).setdefault("longest", random.choice(PAUSES))
+            if random.random() < 1 / 30:
+                self.pauses.longest = random.choice(PAUSES)
+            time.sleep(longest * random.random())
+
     def expect(self, at: Shared, size: int) -> None:
         with self.changed:
             self.barrier(at).expected += size
         self.arrive(at)
 
     def arrive(self, at: Shared, count: int = 1) -> None:
+        self.pause()
         with self.changed:
             self.barrier(at).arrive(count)
             self.changed.notify_all()
 
     def wait(self, at: Shared, parity: int) -> None:
+        self.pause()
         with self.changed:
             if not self.changed.wait_for(lambda: self.barrier(at).over(parity), PATIENCE):
                 raise AssertionError("a wait that does not end")
@@ -289,15 +303,15 @@ def _multiply(a: Any, b: Shared, acc: Values, use_acc: bool = True, is_async: bo
 class Emulated:
     """Stands for a Gluon kernel: kernel[grid](...) runs its programs one after the other."""
 
-    def __init__(self, kernel: Any):
-        self.kernel = kernel
+    def __init__(self, kernel: Any, uneven: bool = False):
+        self.kernel, self.uneven = kernel, uneven
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, num_warps=None, maxnreg=None, **kwargs: self.run(grid, args, kwargs)
 
     def run(self, grid: tuple[int, ...], args: tuple, kwargs: dict[str, Any]) -> None:
         for place in itertools.product(*map(range, grid)):
-            program = Program(place, grid)
+            program = Program(place, grid, self.uneven)
             bound = _bound(self.kernel.fn, program.names(), {})
             bound(*map(_given, args), **{name: _given(x) for name, x in kwargs.items()})
             program.done()

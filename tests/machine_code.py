@@ -21,9 +21,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from configs.schema import Attention, Branch
-from nsa import band, band_backward, hopper_band, hopper_picked
+from nsa import band, band_backward, hopper_band, hopper_picked, hopper_picked_backward
 from nsa.bands import bands
 from nsa.cases import Case, make_inputs
+from nsa.pairs import Pairs
 from nsa.visits import Visits
 from tests.kernels import packed
 
@@ -113,6 +114,18 @@ def chosen(qk: int, v: int) -> str:
     o, lse = torch.empty(1133, 2, 13, 16, v, dtype=torch.bfloat16), torch.empty(1133, 2, 13, 16)
     q, k, v = x["q"], x["k_slc"], x["v_slc"]
     _, (_, ptx) = compiled(lambda: hopper_picked.attend(q, k, v, found, documents, 64, o, lse, 0))
+    return sass(ptx)
+
+
+def gradients(qk: int, v: int) -> str:
+    """Machine code of its gradients."""
+    case = Case("any", (1100, 33), 32, 2, qk, v, Attention())
+    x = {name: t.detach() for name, t in make_inputs(case, torch.bfloat16).items()}
+    pairs = Pairs(*(torch.zeros(size, dtype=torch.int32) for size in (1133 * 26, 1133 * 26, 41)))
+    dq, dk, dv = torch.empty(1133, 2, 13, 16, qk).bfloat16(), torch.empty(2, 150, 64, qk), torch.empty(2, 150, 64, v)
+    statistics, do = (torch.empty(2, 1136, 16),) * 2, torch.empty(1133, 32, v).bfloat16()
+    given = x["q"], x["k_slc"], x["v_slc"], do, *statistics, dq, dk, dv, pairs, packed(case), 0
+    ((_, ptx),) = compiled(lambda: hopper_picked_backward.differentiate(*given))
     return sass(ptx)
 
 

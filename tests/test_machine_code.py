@@ -41,6 +41,23 @@ print(sum(c.count("HGMMA") for c in codes), "products", file=sys.stderr)
     assert look("-c", report).stdout.strip() == f"{loads} {stores} {[6] * 3} {none} {none}"
 
 
+def test_gradients_of_chosen_blocks_are_made_by_warpgroups_side_by_side():
+    """For each width: scatters, waits for products (two where weights are made, by two warpgroups or one, and one each
+    for queries and keys: more if products ran one by one), and what is spilled where products are."""
+    report = """
+import sys
+from triton.runtime import driver
+from tests import machine_code as m
+driver.set_active(m.Hopper())
+codes = [m.gradients(*widths) for widths in ((64, 64), (128, 128), (192, 128))]
+loops = ["".join(m.inner_loops(c)) for c in codes]
+print(*([c.count(word) for c in codes] for word in ("UTMASTG", "WARPGROUP.DEPBAR")))
+print(*([c.count(word) for c in loops] for word in ("STL", "LDL")))
+print(sum(c.count("HGMMA") for c in codes), "products", file=sys.stderr)
+"""
+    assert look("-c", report).stdout.split("\n")[:2] == ["[4, 8, 12] [6, 6, 4]", "[0, 0, 0] [0, 0, 0]"]
+
+
 def test_where_bands_are_multiplied_nothing_spills():
     """Each of three warpgroups has a loop over tiles of keys: the products, an exponential a score and one a row."""
     report = """

@@ -18,6 +18,7 @@ from nsa import (
     fused,
     hopper_band,
     hopper_picked,
+    hopper_picked_backward,
     nsa_attention,
     picked,
     reference,
@@ -138,6 +139,37 @@ def test_chosen_blocks_by_the_copy_engine_are_the_same(case, spans, chunk, monke
     assert calls == ["nsa.hopper_picked"] * 2 * chunks + ["nsa.picked"] * chunks
     assert torch.equal(ours, again)
     torch.testing.assert_close(ours, plain, rtol=0.016, atol=5e-3)
+
+
+@pytest.mark.parametrize("case", [WHOLE[4], WHOLE[9], WHOLE[14], *LARGE[:3]], ids=lambda case: case.name)
+@pytest.mark.parametrize("chunk", [picked.CHUNK, 512])
+def test_gradients_of_chosen_blocks_by_the_copy_engine_are_the_same(case, chunk, monkeypatch):
+    """As above."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs an H100 or H200")
+    for module in (picked, visits, hopper_picked):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+    x, calls = make_inputs(case, BF16, "cuda"), []
+    kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in ("slc", "win")}
+    for module in (hopper_picked_backward, picked):
+        works = module.differentiate
+        monkeypatch.setattr(
+            module, "differentiate", lambda *args, works=works: (calls.append(works.__module__), works(*args))
+        )
+    o = fused.nsa(x["q"], kv, x["k_cmp"], x["v_cmp"], x["gates"], case.cu_seqlens, case.sizes)
+    do = torch.randn_like(o)
+
+    def gradients():
+        torch.empty(2**28, device="cuda").fill_(float("nan"))  # what parts are put into
+        return torch.autograd.grad(o, list(x.values()), do, retain_graph=True)
+
+    ours, again = gradients(), gradients()
+    monkeypatch.setattr(hopper_picked, "fits", lambda *_: False)
+    chunks = -(-case.tokens // chunk)
+    for name, one, other, plain in zip(x, ours, again, gradients()):
+        assert torch.equal(one, other), name
+        torch.testing.assert_close(one, plain, rtol=0.016, atol=5e-3, msg=lambda m, name=name: f"{name}: {m}")
+    assert calls == ["nsa.hopper_picked_backward"] * 2 * chunks + ["nsa.picked"] * chunks
 
 
 BANDS = [
