@@ -1,10 +1,10 @@
 """Gradients of attention to the chosen blocks for GPUs with a copy engine and warpgroup products (sm_90), in Gluon.
 
 For what `hopper_picked` takes. A tile of pairs (query, chosen block) goes from warpgroup to warpgroup, so that each has
-registers for its part alone and all multiply at once: the first makes the softmax and its gradient, one for key and
-value sums them over all pairs of a block, one for queries makes a part of dq for each pair. Three warps have the copy
-engine gather tiles and fetch blocks, gather the rows' statistics, and scatter dq. A program stays and goes from run to
-run of `picked`'s pairs.
+registers for its part alone and all multiply at once: two, in turns, make the softmax and its gradient (one, where heads
+are wide), one sums the gradients of a block's keys and values, one makes each pair's part of dq. Of three warps one has
+the copy engine gather tiles and fetch blocks, one looks up the statistics of rows, one has it scatter dq. A program
+stays and goes from run to run of `picked`'s pairs.
 """
 
 from dataclasses import dataclass
@@ -36,13 +36,13 @@ class Sizes(Widths):
     RUN: int  # pairs of a run
     TEAMS: int  # warpgroups that make weights
     STAGES: int  # tiles of pairs on their way
-    BARS: int  # barriers for these: any of them is always of one team, which so sees all phases of it
+    BARS: int  # barriers for these: each is always of one team, which so misses no phase of it
 
 
 @gluon.jit
-def _run(item, tiles, C: gl.constexpr):
+def _run(item, work, C: gl.constexpr):
     """[begin, end) of the pairs of a run, the first key of its chunk and KV head, and the KV head."""
-    pairs, chunk, blocks, runs = tiles
+    pairs, chunk, blocks, runs = work
     starts = pairs[2]
     group = item // runs
     key0 = (chunk * C.GROUPS + group) * blocks
@@ -51,17 +51,17 @@ def _run(item, tiles, C: gl.constexpr):
 
 
 @gluon.jit
-def _stretch(i, end, tiles):
+def _stretch(i, end, work):
     """The key of the pairs from i on, and where these end."""
-    keys, _, starts = tiles[0]
+    keys, _, starts = work[0]
     key = gl.load(keys + i)
     return key, gl.minimum(end, gl.load(starts + key + 1))
 
 
 @gluon.jit
-def _pairs(j, stop, tiles, C: gl.constexpr):
+def _pairs(j, stop, work, C: gl.constexpr):
     """The pairs of the tile at j, asked for all at once; the last one stands for those that are missing."""
-    order = tiles[0][1]
+    order = work[0][1]
     found = (gl.load(order + j),)
     for p in gl.static_range(1, gl.constexpr(C.EACH)):
         found += (gl.load(order + gl.minimum(j + p, stop - 1)),)
@@ -69,19 +69,19 @@ def _pairs(j, stop, tiles, C: gl.constexpr):
 
 
 @gluon.jit
-def _load(source, tokens, documents, slots, tiles, memory, bars, C: gl.constexpr):
+def _load(source, tokens, documents, slots, work, memory, bars, C: gl.constexpr):
     """What the warp does that loads tiles and blocks. It says where a tile is the last one of a stretch: the place of
     the stretch's sums and 1, otherwise 0, and -1 after all tiles."""
     q, q_rest, do, k, k_rest, v, k_h, v_h = source
     q_at, q2_at, do_at, k_at, k2_at, v_at = memory[:6]
     says, of_block = memory[11:13]
     ready, empty, block_ready, block_empty = bars[:4]
-    runs = tiles[3]
+    runs = work[3]
     turn, block, item = 0, 0, gl.program_id(0)
     while item < runs * C.GROUPS:
-        i, end, key0, group = _run(item, tiles, C)
+        i, end, key0, group = _run(item, work, C)
         while i < end:
-            key, stop = _stretch(i, end, tiles)
+            key, stop = _stretch(i, end, work)
             _document, start, _length, place = locate(key - key0, tokens, documents, BN)
             b = block % 2
             bar = block_ready.index(b)
@@ -93,7 +93,7 @@ def _load(source, tokens, documents, slots, tiles, memory, bars, C: gl.constexpr
             tma.async_copy_global_to_shared(v, [start + place, group * v_h], bar, v_at.index(b))
             slot = group * slots + item % runs + key - key0  # run and block both only grow: no other stretch has it
             for j in range(i, stop, C.EACH):
-                pairs = _pairs(j, stop, tiles, C)
+                pairs = _pairs(j, stop, work, C)
                 stage, bar = turn % C.STAGES, ready.index(turn % C.BARS)
                 mbarrier.wait(empty.index(stage), turn // C.STAGES & 1 ^ 1)
                 write(says.index(stage), gl.where(j + C.EACH >= stop, slot + 1, 0))
@@ -118,17 +118,17 @@ def _load(source, tokens, documents, slots, tiles, memory, bars, C: gl.constexpr
 
 
 @gluon.jit
-def _look_up(shift, delta, room, tiles, memory, bars, C: gl.constexpr):
+def _look_up(shift, delta, room, work, memory, bars, C: gl.constexpr):
     """What the warp does that loads the statistics of a tile's rows; a row without a pair weighs nothing."""
     shift_at, delta_at = memory[9:11]
     ready, empty = bars[:2]
-    order, runs = tiles[0][1], tiles[3]
+    order, runs = work[0][1], work[3]
     row = gl.arange(0, ROWS, layout=gl.BlockedLayout([2], [32], [1], [0]))
     turn, item = 0, gl.program_id(0)
     while item < runs * C.GROUPS:
-        i, end, _key0, group = _run(item, tiles, C)
+        i, end, _key0, group = _run(item, work, C)
         while i < end:
-            _key, stop = _stretch(i, end, tiles)
+            _key, stop = _stretch(i, end, work)
             for j in range(i, stop, C.EACH):
                 at = j + row // C.G
                 pair = gl.load(order + gl.minimum(at, stop - 1))
@@ -150,18 +150,18 @@ def _look_up(shift, delta, room, tiles, memory, bars, C: gl.constexpr):
 
 
 @gluon.jit
-def _store(dq, dq_rest, base, ends, tiles, memory, bars, C: gl.constexpr):
+def _store(dq, dq_rest, base, ends, work, memory, bars, C: gl.constexpr):
     """What the warp does that stores parts of dq."""
     out_at, out2_at = memory[13:]
     out_ready, out_empty = bars[6:]
-    runs = tiles[3]
+    runs = work[3]
     turn, item = 0, gl.program_id(0)
     while item < runs * C.GROUPS:
-        i, end, _key0, _group = _run(item, tiles, C)
+        i, end, _key0, _group = _run(item, work, C)
         while i < end:
-            _key, stop = _stretch(i, end, tiles)
+            _key, stop = _stretch(i, end, work)
             for j in range(i, stop, C.EACH):
-                pairs = _pairs(j, stop, tiles, C)
+                pairs = _pairs(j, stop, work, C)
                 mbarrier.wait(out_ready, turn & 1)
                 for p in gl.static_range(gl.constexpr(C.EACH)):
                     at = gl.where(j + p < stop, (pairs[p] - base) * C.G, ends)
@@ -177,7 +177,7 @@ def _store(dq, dq_rest, base, ends, tiles, memory, bars, C: gl.constexpr):
 
 @gluon.jit
 def _weigh(team: gl.constexpr, scale, memory, bars, C: gl.constexpr):
-    """What a warpgroup does that makes the softmax p of every second tile, and its gradient ds."""
+    """What a warpgroup does that makes the softmax p of its tiles, every TEAMS-th one, and its gradient ds."""
     q_at, q2_at, do_at, k_at, k2_at, v_at, p_at, ds_at, said, shift_at, delta_at, says, of_block = memory[:13]
     ready, _empty, block_ready, _block_empty, made, used = bars[:6]
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -355,7 +355,7 @@ def _backward(
         q_at, q2_at, do_at, k_at, k2_at, v_at, p_at, ds_at, said, shift_at, delta_at, says, of_block, out_at, out2_at
     )  # fmt: skip
     bars = (ready, empty, block_ready, block_empty, made, used, out_ready, out_empty)
-    tiles = ((keys, order, starts), chunk, blocks, runs)
+    work = ((keys, order, starts), chunk, blocks, runs)
     source = (q, q_rest, do, k, k_rest, v, k_h, v_h)
     if TEAMS == 2:
         gl.warp_specialize(
@@ -364,9 +364,9 @@ def _backward(
                 (_weigh, (1, scale, memory, bars, C)),
                 (_sum_keys, (dk, dv, memory, bars, C)),
                 (_make_queries, (memory, bars, C)),
-                (_load, (source, tokens, documents, slots, tiles, memory, bars, C)),
-                (_look_up, (shift, delta, room, tiles, memory, bars, C)),
-                (_store, (dq, dq_rest, base, ends, tiles, memory, bars, C)),
+                (_load, (source, tokens, documents, slots, work, memory, bars, C)),
+                (_look_up, (shift, delta, room, work, memory, bars, C)),
+                (_store, (dq, dq_rest, base, ends, work, memory, bars, C)),
             ],
             [4, 4, 4, 1, 1, 1],
             [96, 160, 96, 32, 32, 32],
@@ -377,9 +377,9 @@ def _backward(
                 (_weigh, (0, scale, memory, bars, C)),
                 (_sum_keys, (dk, dv, memory, bars, C)),
                 (_make_queries, (memory, bars, C)),
-                (_load, (source, tokens, documents, slots, tiles, memory, bars, C)),
-                (_look_up, (shift, delta, room, tiles, memory, bars, C)),
-                (_store, (dq, dq_rest, base, ends, tiles, memory, bars, C)),
+                (_load, (source, tokens, documents, slots, work, memory, bars, C)),
+                (_look_up, (shift, delta, room, work, memory, bars, C)),
+                (_store, (dq, dq_rest, base, ends, work, memory, bars, C)),
             ],
             [4, 4, 1, 1, 1],
             [216, 136, 24, 24, 24],
