@@ -1,10 +1,10 @@
 """Gradients of attention to the chosen blocks for GPUs with a copy engine and warpgroup products (sm_90), in Gluon.
 
 For what `hopper_picked` takes. A tile of pairs (query, chosen block) goes from warpgroup to warpgroup, so that each has
-registers for its part alone and all multiply at once: two, in turns, make the softmax and its gradient (one, where heads
-are wide), one sums the gradients of a block's keys and values, one makes each pair's part of dq. Of three warps one has
-the copy engine gather tiles and fetch blocks, one looks up the statistics of rows, one has it scatter dq. A program
-stays and goes from run to run of `picked`'s pairs.
+registers for its part alone and all multiply at once: two, in turns, make the softmax and its gradient (one does where
+heads are wide), one sums the gradients of a block's keys and values, one makes each pair's part of dq. Of three warps
+one has the copy engine gather tiles and fetch blocks, one looks up the statistics of rows, one has it scatter dq. A
+program stays and goes from run to run of `picked`'s pairs.
 """
 
 from dataclasses import dataclass
