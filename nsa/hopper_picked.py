@@ -269,7 +269,8 @@ def _attend(
 
 
 def fits(q: Tensor, v: Tensor, slc: int) -> bool:
-    """Whether `attend` can have q [n, h, dk] and v [n, h_kv, dv] with blocks of so many tokens."""
+    """Whether `attend`, and for its gradients `hopper_picked_backward`, can have q [n, h, dk] and v [n, h_kv, dv] with
+    blocks of so many tokens."""
     return takes(q, v) and 16 <= q.shape[1] // v.shape[1] <= 64 and slc == BN.value
 
 

@@ -25,6 +25,7 @@ from nsa import band, band_backward, hopper_band, hopper_picked, hopper_picked_b
 from nsa.bands import bands
 from nsa.cases import Case, make_inputs
 from nsa.pairs import Pairs
+from nsa.tiles import Documents
 from nsa.visits import Visits
 from tests.kernels import packed
 
@@ -104,11 +105,16 @@ def kernels(names: list[str], width: int) -> list[tuple[str, str]]:
     return forward + compiled(lambda: band_backward.queries(*given))
 
 
-def chosen(qk: int, v: int) -> str:
-    """Machine code of attention to the chosen blocks by the copy engine."""
+def inputs(qk: int, v: int) -> tuple[dict[str, torch.Tensor], Documents]:
+    """Of two documents of 1,133 tokens, 32 heads and 2 KV heads."""
     case = Case("any", (1100, 33), 32, 2, qk, v, Attention())
     x = {name: t.detach() for name, t in make_inputs(case, torch.bfloat16).items()}
-    documents = packed(case)
+    return x, packed(case)
+
+
+def chosen(qk: int, v: int) -> str:
+    """Machine code of attention to the chosen blocks by the copy engine."""
+    x, documents = inputs(qk, v)
     shape = {"order": 1133 * 2 * 13, "masks": 1133 * 2 * 13, "counts": (1133, 2), "starts": 2 * 20 + 1}
     found = Visits(**{name: torch.zeros(size, dtype=torch.int32) for name, size in shape.items()}, most=13, spans=20)
     o, lse = torch.empty(1133, 2, 13, 16, v, dtype=torch.bfloat16), torch.empty(1133, 2, 13, 16)
@@ -119,23 +125,21 @@ def chosen(qk: int, v: int) -> str:
 
 def gradients(qk: int, v: int) -> str:
     """Machine code of its gradients."""
-    case = Case("any", (1100, 33), 32, 2, qk, v, Attention())
-    x = {name: t.detach() for name, t in make_inputs(case, torch.bfloat16).items()}
+    x, documents = inputs(qk, v)
     pairs = Pairs(*(torch.zeros(size, dtype=torch.int32) for size in (1133 * 26, 1133 * 26, 41)))
     dq, dk, dv = torch.empty(1133, 2, 13, 16, qk).bfloat16(), torch.empty(2, 150, 64, qk), torch.empty(2, 150, 64, v)
     statistics, do = (torch.empty(2, 1136, 16),) * 2, torch.empty(1133, 32, v).bfloat16()
-    given = x["q"], x["k_slc"], x["v_slc"], do, *statistics, dq, dk, dv, pairs, packed(case), 0
+    given = x["q"], x["k_slc"], x["v_slc"], do, *statistics, dq, dk, dv, pairs, documents, 0
     ((_, ptx),) = compiled(lambda: hopper_picked_backward.differentiate(*given))
     return sass(ptx)
 
 
 def near(qk: int, v: int) -> str:
     """Machine code of attention to bands by the copy engine."""
-    case = Case("any", (1100, 33), 32, 2, qk, v, Attention())
-    x = {name: t.detach() for name, t in make_inputs(case, torch.bfloat16).items()}
+    x, documents = inputs(qk, v)
     kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in SETS[-1]}
     out = {name: (torch.empty(1133, 32, v, dtype=torch.bfloat16), torch.empty(32, 1133)) for name in kv}
-    ((_, ptx),) = compiled(lambda: hopper_band.forward(x["q"], kv, out, packed(case), case.sizes))
+    ((_, ptx),) = compiled(lambda: hopper_band.forward(x["q"], kv, out, documents, Attention()))
     return sass(ptx)
 
 

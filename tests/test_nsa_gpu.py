@@ -113,20 +113,29 @@ def test_ties_go_to_the_smaller_block():
     check_ties("cuda", BF16, Case("ties", (300,), 4, 1, 16, 16, sizes))
 
 
-@pytest.mark.parametrize("case", [WHOLE[4], WHOLE[9], WHOLE[14], *LARGE[:3]], ids=lambda case: case.name)
+CHOSEN = [WHOLE[4], WHOLE[9], WHOLE[14], *LARGE[:3]]
+
+
+def by_chunks(case, chunk, step, module, monkeypatch):
+    """Inputs, the keys and values among them, and a list that grows: whose `step` takes a chunk of so many tokens."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs an H100 or H200")
+    for each in (picked, visits, hopper_picked):
+        monkeypatch.setattr(each, "CHUNK", chunk)
+    calls = []
+    for each in (module, picked):
+        works = getattr(each, step)
+        monkeypatch.setattr(each, step, lambda *args, works=works: (calls.append(works.__module__), works(*args)))
+    x = make_inputs(case, BF16, "cuda")
+    return x, {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in ("slc", "win")}, calls
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.name)
 @pytest.mark.parametrize(("spans", "chunk"), [(visits.SPANS, picked.CHUNK), (2, 512)])
 def test_chosen_blocks_by_the_copy_engine_are_the_same(case, spans, chunk, monkeypatch):
     """But for where sums are rounded: to a bit or two. And twice to the bit, whichever program took a tile."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("needs an H100 or H200")
+    x, kv, calls = by_chunks(case, chunk, "attend", hopper_picked, monkeypatch)
     monkeypatch.setattr(visits, "SPANS", spans)
-    for module in (picked, visits, hopper_picked):
-        monkeypatch.setattr(module, "CHUNK", chunk)
-    x, calls = make_inputs(case, BF16, "cuda"), []
-    kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in ("slc", "win")}
-    for module in (hopper_picked, picked):
-        works = module.attend
-        monkeypatch.setattr(module, "attend", lambda *args, works=works: (calls.append(works.__module__), works(*args)))
 
     def attend():
         torch.empty(2**28, device="cuda").fill_(float("nan"))  # what partial outputs are put into
@@ -141,21 +150,11 @@ def test_chosen_blocks_by_the_copy_engine_are_the_same(case, spans, chunk, monke
     torch.testing.assert_close(ours, plain, rtol=0.016, atol=5e-3)
 
 
-@pytest.mark.parametrize("case", [WHOLE[4], WHOLE[9], WHOLE[14], *LARGE[:3]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.name)
 @pytest.mark.parametrize("chunk", [picked.CHUNK, 512])
 def test_gradients_of_chosen_blocks_by_the_copy_engine_are_the_same(case, chunk, monkeypatch):
     """As above."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("needs an H100 or H200")
-    for module in (picked, visits, hopper_picked):
-        monkeypatch.setattr(module, "CHUNK", chunk)
-    x, calls = make_inputs(case, BF16, "cuda"), []
-    kv = {name: (x[f"k_{name}"], x[f"v_{name}"]) for name in ("slc", "win")}
-    for module in (hopper_picked_backward, picked):
-        works = module.differentiate
-        monkeypatch.setattr(
-            module, "differentiate", lambda *args, works=works: (calls.append(works.__module__), works(*args))
-        )
+    x, kv, calls = by_chunks(case, chunk, "differentiate", hopper_picked_backward, monkeypatch)
     o = fused.nsa(x["q"], kv, x["k_cmp"], x["v_cmp"], x["gates"], case.cu_seqlens, case.sizes)
     do = torch.randn_like(o)
 
